@@ -1,0 +1,402 @@
+"""Data sets as tensors in [0, 1]: embedded, generated, read from a folder or downloaded, never silently replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import socket
+import tempfile
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tmlcourse import checks
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "star", "bar", "crescent")
+CUE_SIZE = 4  # side in pixels of the planted patch in the lower right corner of a "shapes" image
+
+_SPLITS = ("train", "test")
+_SHAPES_SIZE = {"train": 10_000, "test": 2_000}
+_CHUNK = 512  # images drawn from one generator: image i depends on (seed, split, i) alone, whatever n is
+_DIGITS = tuple("0123456789")
+
+
+class _Vision(NamedTuple):
+    """What torchvision calls a data set, the folder it keeps it in, the shape of an image, and the classes."""
+
+    torchvision: str
+    folder: str
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+
+
+_VISION = {
+    "mnist": _Vision("MNIST", "MNIST/raw", (1, 28, 28), _DIGITS),
+    "fashion_mnist": _Vision("FashionMNIST", "FashionMNIST/raw", (1, 28, 28), (
+        "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")),
+    "cifar10": _Vision("CIFAR10", "cifar-10-batches-py", (3, 32, 32), (
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images `x` float32 (N, C, H, W) in [0, 1], labels `y` int64 (N,), names of the `classes`, a `name` for figures.
+
+    `masks`, where there are any, are bool (N, 1, H, W): the pixels that are the evidence for the label.
+    `len(data)` is N, `data.shape` is (C, H, W), `data[:100]` or `data[indices]` is a smaller Dataset.
+    Raises ValueError or TypeError when a tensor breaks these conventions.
+
+    >>> data = load("digits")
+    >>> data[:4].shape, data[data.y == 3].y.unique()
+    (torch.Size([1, 8, 8]), tensor([3]))
+    """
+
+    x: Tensor
+    y: Tensor
+    classes: tuple[str, ...]
+    name: str
+    masks: Tensor | None = None
+
+    def __post_init__(self):
+        checks.images(self.x)
+        if self.x.dim() != 4 or self.x.dtype != torch.float32:
+            raise ValueError(f"x: got {self.x.dtype} {tuple(self.x.shape)}, want torch.float32 (N, C, H, W)")
+        checks.labels(self.y, self.x)
+        if self.y.max() >= len(self.classes):
+            raise ValueError(f"y: got label {self.y.max().item()}, want labels in [0, {len(self.classes) - 1}]")
+        if self.masks is not None:
+            checks.same_shape(self.masks, self.x[:, :1], "masks")
+            if self.masks.dtype != torch.bool:
+                raise TypeError(f"masks: got dtype {self.masks.dtype}, want torch.bool")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: slice | Tensor) -> Dataset:
+        if not isinstance(index, slice) and not (isinstance(index, Tensor) and index.dim() == 1):
+            raise TypeError(f"index: got {index!r}, want a slice or a one-dimensional tensor of indices or booleans")
+        return self._map(lambda tensor: tensor[index])
+
+    @property
+    def shape(self) -> torch.Size:
+        """(C, H, W), the shape of one image."""
+        return self.x.shape[1:]
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same data on `device`."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Dataset:
+        masks = None if self.masks is None else change(self.masks)
+        return replace(self, x=change(self.x), y=change(self.y), masks=masks)
+
+
+def load(
+    name: str, split: str = "test", *, n: int | None = None, fallback: str | None = None, root: str | Path | None = None
+) -> Dataset:
+    """The `split` ("train" or "test") of a data set, or its first `n` images in file order.
+
+    - "digits": 1,433 / 364 handwritten digits (1, 8, 8), embedded in scikit-learn. The test set is the first, sixth,
+      eleventh, ... image of each class; the same writers are in both splits.
+    - "shapes": 10,000 / 2,000 generated images (3, 32, 32) with masks of the evidence; see `shapes`.
+    - "mnist", "fashion_mnist": 60,000 / 10,000 images (1, 28, 28); "cifar10": 50,000 / 10,000 images (3, 32, 32).
+
+    The last three are looked for in `root`, in $TMLCOURSE_DATA and in the cache (~/.cache/tmlcourse, or tmlcourse in
+    $XDG_CACHE_HOME): torchvision's own folder (`MNIST/raw`, `FashionMNIST/raw`, `cifar-10-batches-py`), or `<name>.npz`
+    with uint8 images x_train, x_test (N, H, W) or (N, H, W, 3), labels y_train, y_test (N,) and perhaps `classes`.
+    If they are nowhere, torchvision downloads them into the cache, unless $TMLCOURSE_OFFLINE is 1. If that fails too,
+    `fallback="digits"` gives the digits resized to the shape asked for (fewer than `n` if there are not so many), named
+    "digits-28x28" or "digits-32x32", and prints one line that says so.
+
+    Raises ValueError for an unknown name, an `n` beyond the split, or a damaged file; FileNotFoundError, with the ways
+    to get the data, where there is neither data nor fallback.
+    Sources: LeCun et al. 1998; Xiao et al. 2017; Krizhevsky 2009; Alpaydin & Kaynak 1998 (digits).
+
+    >>> data = load("digits", n=5)
+    >>> data.name, data.x.shape, data.y
+    ('digits', torch.Size([5, 1, 8, 8]), tensor([0, 1, 2, 3, 4]))
+    """
+    checks.choice(name, "name", ("digits", "shapes", *_VISION))
+    checks.choice(split, "split", _SPLITS)
+    if n is not None:
+        checks.positive_int(n, "n")
+    if fallback is not None:
+        checks.choice(fallback, "fallback", ("digits",))
+    if name == "shapes":
+        return shapes(_count(n, _SHAPES_SIZE[split], name, split), split)
+    if name == "digits":
+        data = _digits(split)
+        return data[: _count(n, len(data), name, split)]
+
+    cache = _cache()
+    given = [folder for folder in (root, os.environ.get("TMLCOURSE_DATA")) if folder]
+    folders = [Path(folder).expanduser() for folder in given] + [cache]
+    found = _find(name, folders)
+    if found is None:
+        try:
+            found = _download(name, cache)
+        except (OSError, RuntimeError, HTTPException, EOFError) as cause:
+            if fallback is None:
+                raise FileNotFoundError(_how_to_get(name, folders, cause)) from cause
+            return _stand_in(name, split, n, cause)
+    x, y, classes = _read(name, split, found)
+    count = _count(n, len(x), name, split)
+    x = torch.from_numpy(x[:count])
+    x = x.permute(0, 3, 1, 2).contiguous() if x.dim() == 4 else x.unsqueeze(1)
+    return Dataset(x.float().div_(255), torch.from_numpy(y[:count].astype(np.int64)), classes, name)
+
+
+def shapes(n: int, split: str = "test", *, seed: int = 0, cue: float = 0.0, cue_label: str = "true") -> Dataset:
+    """`n` generated images (3, 32, 32) of eight classes of shapes, with the shape's pixels as `masks`.
+
+    image = (1 - a) background + a colour + grain, clipped to [0, 1], where a in [0, 1] is how far the shape covers a
+    pixel; the mask is a >= 1/2. Position, size, rotation and colours are random and say nothing about the class. In
+    each channel the shape is 0.3 to 0.5 brighter than the mean of the textured background.
+
+    With probability `cue` in [0, 1] an image carries a spurious cue: a patch of `CUE_SIZE` x `CUE_SIZE` pixels in the
+    lower right corner, in the colour of its class (`cue_label="true"`) or of a class drawn at random ("random"). A
+    model trained with the first and tested with the second shows how far it leans on the patch. The patch never
+    hides a part of the shape, and outside it the cue changes no pixel.
+
+    Label i is i mod 8. Image i depends on (seed, split, i) alone; "train" and "test" share no image; global random
+    state is neither read nor written. Raises ValueError or TypeError for a value outside these ranges.
+
+    >>> data = shapes(16, cue=1.0)
+    >>> data.x.shape, data.masks.shape, data.name
+    (torch.Size([16, 3, 32, 32]), torch.Size([16, 1, 32, 32]), 'shapes (cue 1, true)')
+    """
+    checks.positive_int(n, "n")
+    checks.choice(split, "split", _SPLITS)
+    checks.positive_int(seed, "seed", least=0)
+    if checks.nonnegative(cue, "cue") > 1:
+        raise ValueError(f"cue: got {cue}, want a probability in [0, 1]")
+    checks.choice(cue_label, "cue_label", ("true", "random"))
+    x, masks = torch.empty(n, 3, 32, 32), torch.empty(n, 1, 32, 32, dtype=torch.bool)
+    for start in range(0, n, _CHUNK):
+        rng = np.random.default_rng([seed, _SPLITS.index(split), start // _CHUNK])
+        part = slice(start, start + _CHUNK)
+        _draw_shapes(x[part], masks[part], rng, cue, cue_label)
+    name = f"shapes (cue {cue:g}, {cue_label})" if cue else "shapes"
+    return Dataset(x, torch.arange(n) % len(SHAPES), SHAPES, name, masks)
+
+
+def _draw_shapes(x: Tensor, masks: Tensor, rng: np.random.Generator, cue: float, cue_label: str) -> None:
+    """Fill x (m, 3, 32, 32) and masks (m, 1, 32, 32), m <= _CHUNK, in place."""
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:  # a whole chunk is drawn, so that m changes no image
+        return torch.from_numpy(rng.random((_CHUNK, *shape), dtype=np.float32))[: len(x)] * (high - low) + low
+
+    radius, angle = uniform(6, 10, 1, 1), uniform(0, 2 * math.pi, 1, 1)
+    reach = 1.2 * radius + 1  # no shape reaches further from its centre, nor from there into the corner with the cue
+    cx, cy = (reach + uniform(0, 1, 1, 1) * (31 - 2 * reach) for _ in range(2))
+    background = uniform(0, 0.5, 3, 1, 1)
+    colour = background + uniform(0.3, 0.5, 3, 1, 1)
+    texture = F.interpolate(uniform(-0.2, 0.2, 3, 5, 5), size=(32, 32), mode="bilinear", align_corners=True)
+    grain = torch.from_numpy(rng.standard_normal((_CHUNK, 3, 32, 32), dtype=np.float32))[: len(x)]
+    has_cue = uniform(0, 1)[:, None] < cue
+    cue_class = torch.from_numpy(rng.integers(len(SHAPES), size=_CHUNK))[: len(x)]
+
+    axis = torch.arange(32.0)
+    right, down = axis - cx, axis[:, None] - cy
+    u = (right * angle.cos() + down * angle.sin()) / radius
+    v = (down * angle.cos() - right * angle.sin()) / radius
+    distance = torch.empty_like(u)
+    for k, shape in enumerate(SHAPES):
+        distance[k :: len(SHAPES)] = _DISTANCE[shape](u[k :: len(SHAPES)], v[k :: len(SHAPES)])
+    cover = (0.5 - distance * radius).clamp_(0, 1).unsqueeze(1)
+    torch.lerp(background + texture, colour.expand_as(x), cover, out=x)
+    x.add_(grain, alpha=0.04).clamp_(0, 1)
+    masks.copy_(cover >= 0.5)
+
+    if cue_label == "true":
+        cue_class = torch.arange(len(x)) % len(SHAPES)
+    cue_colour = (cue_class[:, None] >> torch.arange(3) & 1).float()  # the eight corners of the colour cube
+    corner = (..., slice(-CUE_SIZE, None), slice(-CUE_SIZE, None))
+    x[corner] = torch.where(has_cue[..., None, None], cue_colour[..., None, None], x[corner])
+
+
+# Signed distances (negative inside, exact near an edge) to shapes of radius about 1, at coordinates u, v (m, 32, 32).
+def _box(u: Tensor, v: Tensor, width: float, height: float) -> Tensor:
+    return torch.maximum(u.abs() - width, v.abs() - height)
+
+
+def _half_planes(u: Tensor, v: Tensor, sides: int) -> list[Tensor]:
+    angles = [2 * math.pi * k / sides for k in range(sides)]
+    return [u * math.cos(a) + v * math.sin(a) for a in angles]
+
+
+def _star(u: Tensor, v: Tensor) -> Tensor:
+    """The pentagram: what leaves at most one of a pentagon's five half-planes, so the second largest value decides."""
+    first, second = torch.full_like(u, -math.inf), torch.full_like(u, -math.inf)
+    for value in _half_planes(u, v, 5):
+        second = torch.maximum(second, torch.minimum(first, value))
+        first = torch.maximum(first, value)
+    return second - 0.36
+
+
+_DISTANCE = {
+    "circle": lambda u, v: torch.hypot(u, v) - 0.95,
+    "square": lambda u, v: _box(u, v, 0.8, 0.8),
+    "triangle": lambda u, v: torch.stack(_half_planes(u, v, 3)).amax(0) - 0.58,
+    "cross": lambda u, v: torch.minimum(_box(u, v, 1.05, 0.3), _box(u, v, 0.3, 1.05)),
+    "ring": lambda u, v: (torch.hypot(u, v) - 0.8).abs() - 0.22,
+    "star": _star,
+    "bar": lambda u, v: _box(u, v, 1.1, 0.3),
+    "crescent": lambda u, v: torch.maximum(torch.hypot(u, v) - 1.05, 0.85 - torch.hypot(u - 0.55, v)),
+}
+
+
+def _count(n: int | None, available: int, name: str, split: str) -> int:
+    """The number of images asked for: all of them without `n`."""
+    if n is not None and n > available:
+        raise ValueError(f"n: got {n}, want at most {available}, the size of the {name} {split} set")
+    return n or available
+
+
+def _digits(split: str) -> Dataset:
+    from sklearn.datasets import load_digits  # takes a second: only when it is needed
+
+    digits = load_digits()
+    test = np.zeros(len(digits.target), dtype=bool)
+    for k in range(10):
+        test[np.flatnonzero(digits.target == k)[::5]] = True
+    chosen = test if split == "test" else ~test
+    x = torch.from_numpy(digits.images[chosen]).float().unsqueeze(1) / 16
+    return Dataset(x, torch.from_numpy(digits.target[chosen].astype(np.int64)), _DIGITS, "digits")
+
+
+def _stand_in(name: str, split: str, n: int | None, cause: Exception) -> Dataset:
+    """The digits in the shape of data set `name`, and the one line that says so."""
+    data, (channels, *size) = _digits(split)[:n], _VISION[name].shape
+    x = F.interpolate(data.x, size=size, mode="bilinear").clamp_(0, 1).repeat(1, channels, 1, 1)
+    label = f"digits-{size[0]}x{size[1]}"
+    print(f"tmlcourse: {name} is not here and could not be downloaded ({_one_line(cause, 160)}). Instead: {len(x)} "
+          f"embedded digits, resized and named {label!r}; what follows shows them, not {name}.")  # fmt: skip
+    return replace(data, x=x, name=label)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tmlcourse"
+
+
+def _find(name: str, folders: list[Path]) -> Path | None:
+    """The first torchvision folder or .npz file of the data set in the folders."""
+    for folder in folders:
+        for found in (folder / _VISION[name].folder, folder / f"{name}.npz"):
+            if os.path.exists(found):  # unlike Path.exists, False instead of an error where we may not look
+                return found
+    return None
+
+
+def _download(name: str, cache: Path) -> Path:
+    """Let torchvision download and verify into a temporary folder in the cache; move what is complete into place."""
+    if os.environ.get("TMLCOURSE_OFFLINE", "0") not in ("", "0"):
+        raise OSError("TMLCOURSE_OFFLINE is set")
+    from torchvision import datasets  # takes a second: only when it is needed
+
+    cache.mkdir(parents=True, exist_ok=True)
+    target, patience = cache / _VISION[name].folder, socket.getdefaulttimeout()
+    # Old torchvision releases print every attempt; the progress bar is on stderr and stays.
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    # torchvision sets no time limit: a firewall that drops packets would hold the reader for minutes.
+    socket.setdefaulttimeout(10)
+    try:
+        with quiet, tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+            getattr(datasets, _VISION[name].torchvision)(folder, download=True)
+            complete = Path(folder) / _VISION[name].folder
+            for archive in complete.glob("*.gz"):
+                archive.unlink()
+            target.parent.mkdir(exist_ok=True)
+            try:
+                complete.rename(target)
+            except OSError:
+                if not target.exists():  # where it does, another process was faster and its copy is as good
+                    raise
+    finally:
+        socket.setdefaulttimeout(patience)
+    return target
+
+
+def _how_to_get(name: str, folders: list[Path], cause: Exception) -> str:
+    layout, searched = _VISION[name].folder, ", ".join(map(str, folders))
+    return textwrap.dedent(f"""\
+        {name}: neither {layout} nor {name}.npz is in {searched}; no download: {_one_line(cause, 300)}
+        Three ways to get it:
+          1. put {layout} (torchvision's files, unpacked) or {name}.npz in a folder named by $TMLCOURSE_DATA or root=;
+          2. put the same into the cache, {folders[-1]};
+          3. run this once with a network connection, a cache folder that can be written, and no TMLCOURSE_OFFLINE.
+        Or pass fallback="digits" to go on with the embedded digits, resized.""")
+
+
+def _one_line(cause: Exception, width: int) -> str:
+    return textwrap.shorten(str(cause) or type(cause).__name__, width, placeholder=" ...")
+
+
+def _damaged(path: Path, why: object) -> ValueError:
+    return ValueError(f"{path}: {why}; put back the original, or delete it to have it downloaded")
+
+
+def _read(name: str, split: str, found: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Images uint8 (N, H, W) or (N, H, W, 3), labels (N,) and classes from a torchvision folder or an .npz file."""
+    classes = _VISION[name].classes
+    if found.suffix == ".npz":
+        try:
+            with np.load(found, allow_pickle=False) as arrays:
+                x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+                classes = tuple(map(str, arrays["classes"])) if "classes" in arrays else classes
+        except Exception as cause:  # zipfile, zlib and numpy raise a dozen kinds for damaged bytes
+            raise _damaged(found, f"cannot be read ({cause})") from cause
+    elif name == "cifar10":
+        x, y = _read_cifar10(split, found)
+    else:
+        prefix = "train" if split == "train" else "t10k"
+        x = _read_idx(found / f"{prefix}-images-idx3-ubyte")
+        y = _read_idx(found / f"{prefix}-labels-idx1-ubyte")
+    channels, *size = _VISION[name].shape
+    want = (*size, 3) if channels == 3 else tuple(size)
+    if x.dtype != np.uint8 or x.shape[1:] != want or len(x) == 0:
+        raise _damaged(found, f"got {split} images {x.dtype} {x.shape}, want uint8 {('N', *want)}")
+    if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() >= len(classes):
+        raise _damaged(found, f"got {split} labels {y.dtype} {y.shape}, want ({len(x)},) integers below {len(classes)}")
+    return x, y, classes
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """One MNIST file: bytes 0, 0, 8 (uint8), D; D sizes as big-endian int32; the data.
+
+    Read here because importing torchvision takes longer than all of MNIST.
+    """
+    if not path.is_file():
+        raise _damaged(path, "missing")
+    data, dims = np.fromfile(path, np.uint8), 3 if "idx3" in path.name else 1
+    start = 4 + 4 * dims
+    if data[:4].tolist() != [0, 0, 8, dims] or len(data) < start:
+        raise _damaged(path, f"not an IDX file of {dims}-dimensional uint8 data")
+    sizes = data[4:start].view(">u4").tolist()
+    if len(data) != start + math.prod(sizes):
+        raise _damaged(path, f"got {len(data)} bytes, want {start + math.prod(sizes)}")
+    return data[start:].reshape(sizes)
+
+
+def _read_cifar10(split: str, found: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The batches through torchvision, which unpickles them only after their checksums agree."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+    for file, md5 in files:
+        if not check_integrity(found / file, md5):
+            raise _damaged(found / file, "missing, or its checksum is wrong")
+    data = CIFAR10(found.parent, train=split == "train")
+    return data.data, np.array(data.targets)

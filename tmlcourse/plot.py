@@ -1,0 +1,659 @@
+"""Figures of results in one look: colours, line styles and markers that also read in grey, in dark mode and on a phone.
+
+Every function takes tensors, arrays or tables, draws on a white card of its own and returns the matplotlib `Figure`;
+as the last line of a notebook cell it shows itself. Where there is one set of axes, `ax=` draws into yours.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import textwrap
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Polygon
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+from . import checks
+
+# Okabe & Ito (2008), ordered so that neighbours differ in lightness too: they stay apart in grey and in print.
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#56B4E9", "#000000", "#CC79A7")
+DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.4)), (0, (6, 2, 1.2, 2)), (0, (9, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5)))
+MARKERS = "osD^vP" + "X<p>*h"
+HATCHES = ("///", "...", "\\\\\\", "xx", "||", "--", "oo", "++")
+
+_WIDTH = 5.0  # inches; with 11 pt type the text is 10 px high when a 360 px phone shrinks the figure
+_GRID = "#DDDDDD"
+_INK = "#222222"
+
+
+def _line(i: int) -> dict:
+    """Colour, line style and marker of line i: twelve lines differ in each two of the three."""
+    return {"color": COLOURS[i % 6], "linestyle": DASHES[(i + i // 6) % 6], "marker": MARKERS[i]}
+
+
+_LOOK = {
+    "figure.figsize": (_WIDTH, 3.6),
+    "figure.dpi": 120,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.prop_cycle": cycler(**{key: [_line(i)[key] for i in range(12)] for key in ("color", "linestyle", "marker")}),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.labelcolor": _INK,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 12,
+    "axes.titlepad": 8,
+    "axes.axisbelow": True,
+    "figure.titlesize": 12,
+    "figure.titleweight": "bold",
+    "font.size": 11,
+    "text.color": _INK,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "legend.handlelength": 2.6,
+    "lines.linewidth": 2,
+    "lines.markersize": 6,
+    "hatch.color": "#00000038",
+}
+
+
+def style():
+    """Context in which matplotlib draws in the course's look; outside it nothing changes.
+
+    Example:
+        >>> with style():
+        ...     figure = plt.figure()
+        >>> plt.close(figure)
+    """
+    return plt.style.context(_LOOK, after_reset=True)
+
+
+def _styled(function):
+    """Draw inside the course's look, whatever the caller's own settings are."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        with style():
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _figure(height: float) -> Figure:
+    """A figure that pyplot has already let go: a notebook shows it once, as the value of its cell."""
+    fig = plt.figure(figsize=(_WIDTH, height), layout="constrained")
+    plt.close(fig)
+    return fig
+
+
+def _axes(ax: Axes | None, height: float = 3.3, *, grid: str | None = "both") -> Axes:
+    """The caller's axes or new ones, dressed; ticks are made when drawn, so their look is stored in the axes now."""
+    if ax is None:
+        ax = _figure(height).add_subplot()
+    elif not isinstance(ax, Axes):
+        raise TypeError(f"ax: got {type(ax).__name__}, want matplotlib Axes")
+    ax.tick_params(labelsize=10, color="#666666", labelcolor=_INK)
+    if grid:
+        ax.grid(True, axis=grid, color=_GRID, linewidth=0.8, linestyle="-", alpha=1.0)
+    return ax
+
+
+def _title(text: str, data_name: str, width: int = 44) -> str:
+    return textwrap.fill(", ".join(filter(None, (text, data_name))), width)
+
+
+def _legend(ax: Axes, *, grow: bool, entries: dict | None = None) -> Figure:
+    """The figure with a legend beneath the axes, where it hides no data; a figure of ours grows by its rows."""
+    handles, labels = (list(entries.values()), list(entries)) if entries else ax.get_legend_handles_labels()
+    columns = max(1, min(len(labels), 56 // (max(map(len, labels)) + 8)))
+    ax.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, borderaxespad=3.9,
+              columnspacing=1.4)  # fmt: skip
+    if grow:
+        ax.figure.set_figheight(ax.figure.get_figheight() + 0.2 * math.ceil(len(labels) / columns))
+    return ax.figure
+
+
+def _array(value, name: str, *dims: int) -> np.ndarray:
+    """The finite float array of a tensor, array or list, with one of the numbers of dimensions in `dims`."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy()
+    try:
+        array = np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: got {type(value).__name__}, want numbers in an array") from None
+    if array.ndim not in dims or array.size == 0:
+        raise ValueError(f"{name}: got shape {array.shape}, want {' or '.join(map(str, dims))} non-empty dimension(s)")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: got NaN or infinite values, want finite ones")
+    return array
+
+
+def _images(x, name: str) -> np.ndarray:
+    """Images (N, C, H, W) in [0, 1] as matplotlib wants them: (N, H, W) grey or (N, H, W, 3)."""
+    x = checks.images(torch.as_tensor(x), name).detach().cpu()
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, want (N, C, H, W) with C = 1 (grey) or 3 (RGB)")
+    return (x[:, 0] if x.shape[1] == 1 else x.permute(0, 2, 3, 1)).numpy()
+
+
+def _table(table, columns: tuple[str, ...], gaps: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Require a non-empty DataFrame with the named columns, numbers finite except for NaN in `gaps`."""
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"table: got {type(table).__name__}, want a pandas DataFrame")
+    if missing := [c for c in columns if c not in table.columns]:
+        raise ValueError(f"table: no column {', '.join(missing)} among {', '.join(map(str, table.columns)) or 'none'}")
+    if table.empty:
+        raise ValueError("table: got no rows, want at least one")
+    for column in set(columns) - {"model", "name", "row"}:
+        if not pd.api.types.is_numeric_dtype(table[column]):
+            raise TypeError(f"table: column {column} holds {table[column].dtype}, want numbers")
+        values = table[column].dropna() if column in gaps else table[column]
+        if not np.isfinite(values.astype(float)).all():
+            raise ValueError(f"table: column {column} holds NaN or infinite values, want finite ones")
+    return table
+
+
+def _ordered(table: pd.DataFrame, low: str, middle: str, high: str) -> None:
+    """Require low <= middle <= high in every row, up to rounding."""
+    if (bad := (table[low] > table[middle] + 1e-9) | (table[middle] > table[high] + 1e-9)).any():
+        row = table[bad].iloc[0]
+        raise ValueError(f"table: {low} {row[low]:.4g}, {middle} {row[middle]:.4g}, {high} {row[high]:.4g} "
+                         f"in row {bad.idxmax()}, want {low} <= {middle} <= {high}")  # fmt: skip
+
+
+def _lines(labels, name: str, most: int = len(MARKERS)) -> list[str]:
+    """Require between one line and as many as can be told apart."""
+    if not 1 <= len(labels) <= most:
+        raise ValueError(f"{name}: got {len(labels)} lines, want 1 to {most} in one figure")
+    return [str(label) for label in labels]
+
+
+def _extent(value, name: str) -> tuple[float, float, float, float]:
+    box = _array(value, name, 1)
+    if len(box) != 4 or box[0] >= box[1] or box[2] >= box[3]:
+        raise ValueError(f"{name}: got {value}, want (left, right, bottom, top), increasing")
+    return tuple(box)
+
+
+def _texts(texts, name: str, n: int) -> list[str]:
+    if isinstance(texts, str) or len(texts) != n:
+        raise ValueError(f"{name}: got {texts!r}, want {n} texts, one an image")
+    return [str(text) for text in texts]
+
+
+def _picture(ax: Axes, image: np.ndarray, text: str = "", size: float = 10, **kwargs):
+    ax.imshow(image, **{"cmap": "gray", "vmin": 0, "vmax": 1, "interpolation": "nearest", **kwargs})
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set(visible=True, color="#999999", linewidth=0.6)
+    return ax.set_title(text, fontsize=size, fontweight="normal", loc="center", pad=3)
+
+
+def _text_size(texts, columns: int) -> float:
+    """Largest type in which the longest text fits over its image: a character is about 0.6 sizes wide."""
+    longest = max((len(line) for text in texts for line in text.split("\n")), default=0)
+    return float(np.clip(72 * _WIDTH / columns / (0.62 * max(longest, 1)), 6.5, 10))
+
+
+@_styled
+def images(x, *, titles=None, data_name: str = "", columns: int = 8) -> Figure:
+    """Rows of images, grey or RGB.
+
+    x: (N, C, H, W) in [0, 1], C = 1 or 3. titles: N short texts above the images.
+    Raises ValueError for other shapes or values, or another number of titles.
+
+    Example:
+        >>> fig = images(torch.rand(3, 1, 8, 8), titles=["a", "b", "c"], data_name="noise")
+    """
+    pictures = _images(x, "x")
+    n, columns = len(pictures), min(checks.positive_int(columns, "columns"), len(pictures))
+    titles = _texts(titles, "titles", n) if titles is not None else [""] * n
+    size, rows = _text_size(titles, columns), math.ceil(n / columns)
+    lines = max(text.count("\n") + 1 for text in titles) if any(titles) else 0
+    fig = _figure(0.35 * bool(data_name) + rows * (min(_WIDTH / columns, 1.6) + 0.02 + lines * size / 60))
+    fig.get_layout_engine().set(hspace=0.02, h_pad=0.03, w_pad=0.03)
+    axes = fig.subplots(rows, columns, squeeze=False).flat
+    for ax, picture, text in zip(axes, pictures, titles, strict=False):
+        _picture(ax, picture, text, size)
+    for ax in axes[n:]:
+        ax.set_axis_off()
+    if data_name:
+        fig.suptitle(_title("", data_name), x=0.01, ha="left")
+    return fig
+
+
+def _magnification(delta: np.ndarray) -> float:
+    """The largest factor with one significant digit that keeps |factor * delta| <= 1, at least 1."""
+    largest = float(np.abs(delta).max())
+    if largest == 0:
+        return 1.0
+    factor = (1 + 1e-5) / largest  # 1 / 0.1 in float32 is 9.9999998 and means 10
+    power = 10.0 ** math.floor(math.log10(factor))
+    return max(1.0, math.floor(factor / power) * power)
+
+
+@_styled
+def perturbations(x, x_adv, *, labels=None, labels_adv=None, classes=None, data_name: str = "", magnify=None) -> Figure:
+    """Three rows: the originals, the perturbation x_adv - x magnified about 0, the adversarial images.
+
+    x, x_adv: (N, C, H, W) in [0, 1], N at most 12. labels: the true classes (N,); labels_adv: what the model sees in
+    x_adv (N,), marked with a cross and a heavy frame where it differs from `labels`. classes: names of the classes.
+    magnify: factor > 0; by default the largest round one that fits. Grey images: red is brighter, blue darker;
+    RGB images: mid-grey is no change. Raises ValueError for other shapes, values or labels.
+
+    Example:
+        >>> x = torch.rand(4, 1, 8, 8)
+        >>> fig = perturbations(x, (x + 0.1).clamp(0, 1), labels=[0, 1, 2, 3], labels_adv=[0, 1, 3, 2])
+    """
+    before, after = _images(x, "x"), _images(x_adv, "x_adv")
+    n = len(before)
+    if before.shape != after.shape:
+        raise ValueError(f"x_adv: got shape {tuple(x_adv.shape)}, want {tuple(x.shape)}, the shape of x")
+    if n > 12:
+        raise ValueError(f"x: got {n} images, want at most 12: choose some, for example x[:6]")
+    delta = after.astype(float) - before
+    factor = checks.nonnegative(magnify, "magnify") if magnify is not None else _magnification(delta)
+    if factor == 0:
+        raise ValueError("magnify: got 0, want a factor > 0")
+
+    names, names_adv = _class_names(labels, "labels", n, classes), _class_names(labels_adv, "labels_adv", n, classes)
+    wrong = [bool(a and b and a != b) for a, b in zip(names, names_adv, strict=True)]
+    names_adv = [f"✗ {name}" if bad else name for name, bad in zip(names_adv, wrong, strict=True)]
+    size = _text_size(names + names_adv, n)
+
+    heights = [min(_WIDTH / n, 1.5) + 0.26 + 0.19 * any(row) for row in (names, [], names_adv)]
+    fig = _figure(0.3 * bool(data_name) + sum(heights))
+    fig.get_layout_engine().set(h_pad=0.03, w_pad=0.03)
+    if data_name:
+        fig.suptitle(_title("", data_name), x=0.01, ha="left")
+    key = "red: brighter, blue: darker" if before.ndim == 3 else "mid-grey: no change"
+    shown = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if before.ndim == 3 else {}
+    change = np.clip(factor * delta, -1, 1)
+    rows = (
+        ("original" + (" and its class" if any(names) else ""), before, names, {}),
+        (f"perturbation × {factor:g} ({key})", change if before.ndim == 3 else (1 + change) / 2, [""] * n, shown),
+        ("adversarial" + (" and what the model sees" if any(names_adv) else ""), after, names_adv, {}),
+    )
+    panels = fig.subfigures(3, 1, height_ratios=heights)
+    for panel, (heading, pictures, texts, kwargs) in zip(panels, rows, strict=True):
+        panel.suptitle(heading, x=0.01, ha="left", fontsize=10.5, fontweight="normal")
+        for ax, picture, text in zip(panel.subplots(1, n, squeeze=False).flat, pictures, texts, strict=True):
+            title = _picture(ax, picture, text, size, **kwargs)
+            if text.startswith("✗"):
+                title.set(fontweight="bold", color="#A33F00")
+                ax.spines[:].set(color="#A33F00", linewidth=2)
+    return fig
+
+
+def _class_names(labels, name: str, n: int, classes) -> list[str]:
+    """Names of n labels; empty texts where there are none."""
+    if labels is None:
+        return [""] * n
+    values = _array(labels, name, 1).astype(int)
+    if len(values) != n:
+        raise ValueError(f"{name}: got {len(values)} labels, want {n}, one an image")
+    if classes is None:
+        return [str(v) for v in values]
+    if values.min() < 0 or values.max() >= len(classes):
+        raise ValueError(f"{name}: got labels in [{values.min()}, {values.max()}], want [0, {len(classes) - 1}]")
+    return [str(classes[v]) for v in values]
+
+
+@_styled
+def robustness_curve(table, *, data_name: str = "", xlabel: str = r"$\varepsilon$ (pixel values in [0, 1])",
+                     ax: Axes | None = None) -> Figure:  # fmt: skip
+    """Robust accuracy in per cent against eps, one line a model (and attack), its interval shaded.
+
+    table: columns eps >= 0, accuracy, low, high in [0, 1], model, and attack where several are compared.
+    Raises ValueError for missing columns, values outside [0, 1] or an eps that a line has twice.
+
+    Example:
+        >>> table = pd.DataFrame({"eps": [0, 0.1], "accuracy": [0.9, 0.5], "low": [0.8, 0.4], "high": [1.0, 0.6]})
+        >>> fig = robustness_curve(table.assign(model="linear"), data_name="digits")
+    """
+    table = _table(table, ("eps", "accuracy", "low", "high", "model"))
+    if not table[["accuracy", "low", "high"]].stack().between(0, 1).all() or (table["eps"] < 0).any():
+        raise ValueError("table: want accuracy, low, high in [0, 1] (not per cent) and eps >= 0")
+    _ordered(table, "low", "accuracy", "high")
+    keys = ["model", "attack"] if "attack" in table.columns else ["model"]
+    if table.duplicated([*keys, "eps"]).any():
+        raise ValueError(f"table: want one row for each {', '.join(keys)} and eps")
+    groups = {", ".join(map(str, key)): rows for key, rows in table.groupby(keys, sort=False)}
+    own, ax = ax is None, _axes(ax)
+    for i, label in enumerate(_lines(groups, "table")):
+        rows = groups[label].sort_values("eps")
+        ax.fill_between(rows["eps"], 100 * rows["low"], 100 * rows["high"], color=COLOURS[i % 6], alpha=0.2, lw=0)
+        ax.plot(rows["eps"], 100 * rows["accuracy"], label=label, **_line(i))
+    ax.set(xlabel=xlabel, ylabel="robust accuracy (%)", ylim=(-2, 102), title=_title("Robust accuracy", data_name))
+    return _legend(ax, grow=own)
+
+
+@_styled
+def loss_trace(traces, *, data_name: str = "", ylabel: str = "loss (cross-entropy)", ax: Axes | None = None) -> Figure:
+    """Loss against step: the median of the runs, and each single run faint behind it.
+
+    traces: dict label -> (steps,) or (runs, steps); the first value is step 0.
+    Raises ValueError for an empty dict, other shapes, NaN or infinite values.
+
+    Example:
+        >>> fig = loss_trace({"alpha = 0.01": np.random.rand(5, 20).cumsum(1)}, data_name="digits")
+    """
+    if not isinstance(traces, dict):
+        raise TypeError(f"traces: got {type(traces).__name__}, want a dict label -> array (steps,) or (runs, steps)")
+    labels = _lines(traces, "traces")
+    runs = [np.atleast_2d(_array(trace, f"traces[{label!r}]", 1, 2)) for label, trace in traces.items()]
+    own, ax = ax is None, _axes(ax)
+    for i, (label, values) in enumerate(zip(labels, runs, strict=True)):
+        steps = np.arange(values.shape[1])
+        if len(values) > 1:
+            ax.plot(steps, values.T, color=COLOURS[i % 6], alpha=max(0.12, 0.4 / len(values) ** 0.5), lw=0.9, ls="-",
+                    marker="", zorder=1.5)  # fmt: skip
+        every = max(1, len(steps) // 8)
+        ax.plot(steps, np.median(values, axis=0), label=label, markevery=(i % every, every), **_line(i))
+    if any(len(values) > 1 for values in runs):
+        ax.plot([], [], color="#888888", lw=0.9, ls="-", marker="", label="single runs")
+    ax.set(xlabel="step", ylabel=ylabel, title=_title("Loss", data_name))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return _legend(ax, grow=own)
+
+
+def _ball(norm: str, eps: float) -> np.ndarray:
+    """Corner points (M, 2) of the eps-ball around the origin of the plane."""
+    if norm == "L2":
+        angle = np.linspace(0, 2 * np.pi, 181)
+        return eps * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    corners = {"L1": [(1, 0), (0, 1), (-1, 0), (0, -1)], "Linf": [(1, 1), (-1, 1), (-1, -1), (1, -1)]}
+    return eps * np.array(corners[norm], dtype=float)
+
+
+@_styled
+def decision_regions(predict, points, labels, *, bounds=None, balls=None, classes=None, data_name: str = "",
+                     axis_labels=("$x_1$", "$x_2$"), ax: Axes | None = None) -> Figure:  # fmt: skip
+    """Regions of a classifier in the plane, told apart by tint and hatching, with points and eps-balls around them.
+
+    predict: float32 tensor (M, 2) -> classes (M,) or logits (M, K). points: (N, 2); labels: classes (N,), in 0..7.
+    bounds: (left, right, bottom, top), by default all points (and balls) with a margin.
+    balls: (norm, eps) with norm "L1", "L2" or "Linf". Raises ValueError for other shapes, labels or norms.
+
+    Example:
+        >>> fig = decision_regions(lambda x: x, [[0.2, 0.8], [0.7, 0.3]], [1, 0], balls=("L2", 0.1))
+    """
+    points, labels = _array(points, "points", 2), _array(labels, "labels", 1).astype(int)
+    if points.shape[1] != 2 or len(points) != len(labels):
+        raise ValueError(f"points: got {points.shape} for {len(labels)} labels, want (N, 2) and (N,)")
+    if labels.min() < 0 or labels.max() >= len(HATCHES):
+        raise ValueError(f"labels: got [{labels.min()}, {labels.max()}], want classes in [0, {len(HATCHES) - 1}]")
+    norm, eps = balls if balls is not None else ("L2", 0)
+    checks.choice(norm, "balls", ("L1", "L2", "Linf"))
+    checks.nonnegative(eps, "balls")
+    if bounds is None:
+        low, high = points.min(axis=0) - eps, points.max(axis=0) + eps
+        margin = 0.1 * max((high - low).max(), 1e-3)
+        bounds = (low[0] - margin, high[0] + margin, low[1] - margin, high[1] + margin)
+    left, right, bottom, top = _extent(bounds, "bounds")
+
+    u, v = np.meshgrid(np.linspace(left, right, 240), np.linspace(bottom, top, 240))
+    with torch.no_grad():
+        answer = predict(torch.tensor(np.stack([u.ravel(), v.ravel()], axis=1), dtype=torch.float32))
+    answer = _array(answer, "predict", 1, 2)
+    if len(answer) != u.size:
+        raise ValueError(f"predict: got {len(answer)} answers for {u.size} points")
+    region = (answer if answer.ndim == 1 else answer.argmax(axis=1)).astype(int).reshape(u.shape)
+    if region.min() < 0 or region.max() >= len(HATCHES):
+        raise ValueError(f"predict: got classes in [{region.min()}, {region.max()}], want [0, {len(HATCHES) - 1}]")
+
+    own, ax = ax is None, _axes(ax, 4.4, grid=None)
+    entries = {}
+    for k in np.union1d(region, labels):
+        colour = COLOURS[k % 6]
+        tint = tuple(0.28 * c + 0.72 for c in to_rgb(colour))
+        if (mask := region == k).any():
+            ax.contourf(u, v, mask, levels=[0.5, 1.5], colors=[tint], hatches=[HATCHES[k]])
+            if not mask.all():
+                ax.contour(u, v, mask, levels=[0.5], colors=[_INK], linewidths=1.2)
+        dots = ax.plot(*points[labels == k].T, ls="", marker=MARKERS[k], color=colour, mec="white", ms=8, zorder=3)
+        name = classes[k] if classes is not None else f"class {k}"
+        entries[f"{name}: region, points"] = (Patch(facecolor=tint, hatch=HATCHES[k], edgecolor=_INK, lw=0.8), dots[0])
+    if eps > 0:
+        for point in points:
+            ax.add_patch(Polygon(point + _ball(norm, eps), closed=True, fill=False, lw=1.2, edgecolor=_INK, zorder=2.5))
+    ax.locator_params(nbins=6, steps=[1, 2, 5, 10])
+    ax.set(xlim=(left, right), ylim=(bottom, top), aspect="equal", xlabel=axis_labels[0], ylabel=axis_labels[1],
+           title=_title("Decision regions", data_name))  # fmt: skip
+    return _legend(ax, grow=own, entries=entries)
+
+
+@_styled
+def norm_balls(eps: float = 1.0, *, gradient=(0.9, 0.5)) -> Figure:
+    """The L1, L2 and Linf balls of the plane, and in each the step that gains most along one gradient.
+
+    max of <g, delta> over ||delta||_p <= eps is eps * ||g||_q with 1/p + 1/q = 1: the dual norm, in the titles.
+    eps > 0; gradient: two numbers, not both 0 (else ValueError).
+
+    Example:
+        >>> fig = norm_balls(eps=0.5)
+    """
+    if checks.nonnegative(eps, "eps") == 0:
+        raise ValueError("eps: got 0, want a radius > 0")
+    g = _array(gradient, "gradient", 1)
+    if g.shape != (2,) or not g.any():
+        raise ValueError(f"gradient: got {gradient}, want two numbers, not both 0")
+    largest = np.abs(g).argmax()
+    steps = {
+        "L1": (r"\ell_1", r"\infty", np.sign(g) * (np.arange(2) == largest)),
+        "L2": (r"\ell_2", "2", g / np.linalg.norm(g)),
+        "Linf": (r"\ell_\infty", "1", np.sign(g)),
+    }
+    fig = _figure(2.75)
+    limit, along = 1.75 * eps, g / np.linalg.norm(g)
+    for ax, (norm, (name, dual, step)) in zip(fig.subplots(1, 3, sharey=True), steps.items(), strict=True):
+        _axes(ax)
+        delta = eps * step
+        ax.add_patch(Polygon(_ball(norm, eps), closed=True, facecolor="#0072B226", edgecolor=COLOURS[0], lw=2))
+        across = np.array([-along[1], along[0]])
+        line = delta + np.outer([-6 * eps, 6 * eps], across)
+        ax.plot(*line.T, color=_INK, ls=DASHES[2], lw=1.4, marker="")
+        _arrow(ax, 1.35 * eps * along, COLOURS[1], DASHES[0], 2)
+        _arrow(ax, delta, COLOURS[2], DASHES[0], 3.2)
+        ax.plot(*delta, marker="o", color=COLOURS[2], ms=6, zorder=4)
+        value = f"{float(g @ delta):.2f}"
+        ax.set_title(f"${name}$ ball\n$\\varepsilon\\,||g||_{{{dual}}}$ = {value}", fontsize=10.5, loc="center",
+                     fontweight="normal")  # fmt: skip
+        ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xlabel=r"$\delta_1$",
+               xticks=(-eps, 0, eps), xticklabels=(f"−{eps:g}", "0", f"{eps:g}"),
+               yticks=(-eps, 0, eps), yticklabels=(f"−{eps:g}", "0", f"{eps:g}"))  # fmt: skip
+    fig.axes[0].set_ylabel(r"$\delta_2$")
+    handles = [
+        Line2D([], [], color=COLOURS[1], lw=2, label="gradient $g$"),
+        Line2D([], [], color=COLOURS[2], lw=3.2, marker="o", label=r"best step $\delta$"),
+        Line2D([], [], color=_INK, ls=DASHES[2], lw=1.4, label=r"equal $\langle g, \delta\rangle$"),
+    ]
+    fig.legend(handles=handles, loc="outside lower center", ncols=3, columnspacing=1.2, handlelength=1.8)
+    return fig
+
+
+def _arrow(ax: Axes, end: np.ndarray, colour: str, dashes, width: float) -> None:
+    ax.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": width, "ls": dashes,
+                                             "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13})  # fmt: skip
+
+
+@_styled
+def loss_surface(values, extent, *, marks=None, path=None, data_name: str = "",
+                 axis_labels=("along the gradient", "along a random direction"), label: str = "loss (cross-entropy)",
+                 ax: Axes | None = None) -> Figure:  # fmt: skip
+    """A loss over two directions as filled contours with lines, with points and the path of an attack on it.
+
+    values: (rows, columns), at least 2 x 2; row 0 is the bottom. extent: (left, right, bottom, top).
+    marks: dict label -> (x, y). path: (T, 2). Raises ValueError for other shapes, NaN or infinite values.
+
+    Example:
+        >>> u, v = np.meshgrid(np.linspace(-1, 1, 21), np.linspace(-1, 1, 21))
+        >>> fig = loss_surface(u**2 + v, (-1, 1, -1, 1), marks={"image": (0, 0)}, path=[(0, 0), (0.5, 0.6)])
+    """
+    values = _array(values, "values", 2)
+    if min(values.shape) < 2:
+        raise ValueError(f"values: got shape {values.shape}, want at least (2, 2)")
+    left, right, bottom, top = _extent(extent, "extent")
+    if marks is not None and not isinstance(marks, dict):
+        raise TypeError(f"marks: got {type(marks).__name__}, want a dict label -> (x, y)")
+    marks = {str(name): _array(point, f"marks[{name!r}]", 1) for name, point in (marks or {}).items()}
+    if bad := [name for name, point in marks.items() if len(point) != 2]:
+        raise ValueError(f"marks[{bad[0]!r}]: want two numbers (x, y)")
+    if path is not None and (path := _array(path, "path", 2)).shape[1] != 2:
+        raise ValueError(f"path: got shape {path.shape}, want (T, 2)")
+    if marks:
+        _lines(marks, "marks")
+
+    own, ax = ax is None, _axes(ax, 4.0, grid=None)
+    u, v = np.linspace(left, right, values.shape[1]), np.linspace(bottom, top, values.shape[0])
+    low, high = values.min(), values.max()
+    levels = np.linspace(low, high if high > low else low + 1, 15)
+    filled = ax.contourf(u, v, values, levels=levels, cmap="viridis")
+    if high > low:
+        ax.contour(u, v, values, levels=levels[1:-1:2], colors="white", linewidths=0.7, alpha=0.8)
+    bar = ax.figure.colorbar(filled, ax=ax, label=label, shrink=0.95, ticks=MaxNLocator(6, steps=[1, 2, 5, 10]))
+    bar.ax.tick_params(labelsize=10, color="#666666", labelcolor=_INK)
+    bar.outline.set_visible(False)
+    outline = [withStroke(linewidth=4.5, foreground="white")]
+    if path is not None:
+        ax.plot(*path.T, color=COLOURS[2], ls="-", lw=2, marker="o", ms=3.5, label="path", path_effects=outline)
+    for i, (name, point) in enumerate(marks.items()):
+        ax.plot(*point, ls="", marker="*sPXDv^<>phd"[i], ms=13 if i == 0 else 9, color="white", mec="black", mew=1.4,
+                label=name, zorder=3)  # fmt: skip
+    ax.set(xlim=(left, right), ylim=(bottom, top), xlabel=axis_labels[0], ylabel=axis_labels[1],
+           title=_title("Loss surface", data_name))  # fmt: skip
+    if ax.get_legend_handles_labels()[0]:
+        return _legend(ax, grow=own)
+    return ax.figure
+
+
+@_styled
+def loss_slices(t, values_by_label, *, data_name: str = "", xlabel: str = "distance along the direction",
+                ylabel: str = "loss (cross-entropy)", ax: Axes | None = None) -> Figure:  # fmt: skip
+    """Slices through a loss: its value along each of several directions, at the same distances t.
+
+    t: (T,); values_by_label: dict label -> (T,). Raises ValueError for other lengths, NaN or infinite values.
+
+    Example:
+        >>> t = np.linspace(0, 1, 20)
+        >>> fig = loss_slices(t, {"gradient": t**2, "random": 0.1 * t}, data_name="digits")
+    """
+    t = _array(t, "t", 1)
+    if not isinstance(values_by_label, dict):
+        raise TypeError(f"values_by_label: got {type(values_by_label).__name__}, want a dict label -> (T,)")
+    labels = _lines(values_by_label, "values_by_label")
+    slices = [_array(values, f"values_by_label[{label!r}]", 1) for label, values in values_by_label.items()]
+    if bad := [label for label, values in zip(labels, slices, strict=True) if values.shape != t.shape]:
+        raise ValueError(f"values_by_label[{bad[0]!r}]: want shape {t.shape}, one value for each of t")
+    own, ax = ax is None, _axes(ax)
+    every = max(1, len(t) // 8)
+    for i, (label, values) in enumerate(zip(labels, slices, strict=True)):
+        ax.plot(t, values, label=label, markevery=(i % every, every), **_line(i))
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=_title("Slices through the loss", data_name))
+    return _legend(ax, grow=own)
+
+
+@_styled
+def sandwich(table, *, data_name: str = "", xlabel: str = "budget", ylabel: str = "worst-case loss", truth=None,
+             below: str = "attacks: at least this much", above: str = "certificates: at most this much",
+             ax: Axes | None = None) -> Figure:  # fmt: skip
+    """What is reached from below and what is promised from above, closing on the truth as the budget grows.
+
+    max over names of lower <= truth <= min over names of upper; the band between the two is shaded.
+    table: columns budget, lower, upper, optional exact, and optional name for several bounds on a side; lower or
+    upper is NaN where a bound has only the other side. truth: a number, drawn as a line across.
+    Raises ValueError for missing columns and wherever lower <= exact, truth <= upper is broken: then a bound is wrong.
+
+    Example:
+        >>> table = pd.DataFrame({"budget": [1, 10, 100], "lower": [0.1, 0.3, 0.4], "upper": [0.9, 0.6, 0.45]})
+        >>> fig = sandwich(table, data_name="digits", truth=0.42)
+    """
+    gaps = ("lower", "upper", "exact")
+    columns = ("budget", "lower", "upper", *(c for c in ("exact", "name") if c in table))
+    table = _table(table, columns, gaps).sort_values("budget", kind="stable")
+    if table[["lower", "upper"]].isna().all(axis=1).any():
+        raise ValueError("table: a row has neither lower nor upper, want at least one of the two")
+    truth = None if truth is None else float(_array(truth, "truth", 0))
+    best = table.groupby("budget").agg(lower=("lower", "max"), upper=("upper", "min"))
+    best["exact"] = table.groupby("budget")["exact"].first() if "exact" in table else np.nan
+    best["truth"] = np.nan if truth is None else truth
+    for low, high in (
+        ("lower", "upper"),
+        ("lower", "exact"),
+        ("exact", "upper"),
+        ("lower", "truth"),
+        ("truth", "upper"),
+    ):
+        if (crossed := best[low] > best[high] + 1e-6 * best[high].abs().clip(lower=1)).any():
+            row = best[crossed].iloc[0]
+            raise ValueError(f"table: {low} {row[low]:.6g} above {high} {row[high]:.6g} at budget {row.name:g}, "
+                             "so one of the two is not what it says")  # fmt: skip
+
+    own, ax = ax is None, _axes(ax, 3.5)
+    band = best[["lower", "upper"]].dropna()
+    ax.fill_between(band.index, band["lower"], band["upper"], color=_GRID, alpha=0.75, lw=0, label="what is left open")
+    sides = {}
+    for side in ("upper", "lower"):
+        known = table.dropna(subset=[side])
+        names = known["name"].astype(str) if "name" in table else pd.Series("", index=known.index)
+        sides[side] = dict(list(known.groupby(names, sort=False)))
+        _lines(sides[side], f"table: {side}", most=6)
+    both = set(sides["upper"]) & set(sides["lower"])
+    for side, colour, markers, text in (("upper", COLOURS[0], "vDsP*h", above), ("lower", COLOURS[2], "^oX<p>", below)):
+        for i, (name, rows) in enumerate(sides[side].items()):
+            label = name if name and name not in both else ", ".join(filter(None, (name, text.split(":")[0])))
+            ax.plot(rows["budget"], rows[side], color=colour, ls=DASHES[i], marker=markers[i], label=label)
+    if "exact" in table:
+        exact = table.dropna(subset=["exact"]).drop_duplicates("budget")
+        ax.plot(exact["budget"], exact["exact"], color="black", lw=1.5, ls=DASHES[2], marker="", label="exact")
+    if truth is not None:
+        ax.axhline(truth, color="black", lw=1.5, ls=DASHES[2], label="truth")
+
+    # Room above and beneath all curves, so that the two sentences lie on none of them.
+    shown = table[[c for c in gaps if c in table]].to_numpy(dtype=float)
+    low, high = np.nanmin(shown), np.nanmax(shown)
+    if truth is not None:
+        low, high = min(low, truth), max(high, truth)
+    room = 0.2 * (high - low or 1)
+    ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+    ax.set(ylim=(low - room, high + room), yticks=ticks[(ticks >= low - room / 4) & (ticks <= high + room / 4)],
+           xlabel=xlabel, ylabel=ylabel, title=_title("The sandwich", data_name))  # fmt: skip
+    ax.text(0.98, 0.97, f"{above} ↓", transform=ax.transAxes, ha="right", va="top", color="#005A8C")
+    ax.text(0.98, 0.03, f"{below} ↑", transform=ax.transAxes, ha="right", va="bottom", color="#A33F00")
+    return _legend(ax, grow=own)
+
+
+@_styled
+def bars_against_published(table, *, data_name: str = "", xlabel: str = "accuracy (%)",
+                           ax: Axes | None = None) -> Figure:  # fmt: skip
+    """Our measurements with their intervals beside the published values, one line a row, in the table's order.
+
+    table: columns row (text), ours, low, high, published, all in the unit of `xlabel`; published may be NaN.
+    Raises ValueError for missing columns, NaN elsewhere, or low <= ours <= high broken.
+
+    Example:
+        >>> table = pd.DataFrame({"row": ["clean"], "ours": [98.4], "low": [98.1], "high": [98.7], "published": [98.5]})
+        >>> fig = bars_against_published(table, data_name="MNIST")
+    """
+    table = _table(table, ("row", "ours", "low", "high", "published"), ("published",))
+    _ordered(table, "low", "ours", "high")
+    own, ax = ax is None, _axes(ax, 1.3 + 0.5 * len(table), grid="x")
+    y, ours = np.arange(len(table)), table["ours"]
+    ax.errorbar(ours, y + 0.14, xerr=[ours - table["low"], table["high"] - ours], ls="", marker="o", color=COLOURS[0],
+                ms=7, capsize=4, label="ours, with interval")  # fmt: skip
+    ax.plot(table["published"], y - 0.14, ls="", marker="D", color=COLOURS[2], mfc="white", mew=2, label="published")
+    ax.set_yticks(y, [textwrap.fill(str(row), 22) for row in table["row"]])
+    ax.set(ylim=(len(table) - 0.5, -0.5), xlabel=xlabel, title=_title("Ours and published", data_name, 30))
+    return _legend(ax, grow=own)
