@@ -1,0 +1,406 @@
+"""Figures: they show what they are given, look the same everywhere, and refuse what they cannot show."""
+
+import doctest
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from tmlcourse import plot
+
+X = torch.linspace(0, 1, 6 * 64).reshape(6, 1, 8, 8)
+CURVE = pd.DataFrame(
+    {
+        "eps": [0.0, 0.1, 0.2] * 2,
+        "accuracy": [0.98, 0.4, 0.0, 0.97, 0.9, 0.8],
+        "low": [0.97, 0.35, 0.0, 0.96, 0.88, 0.77],
+        "high": [0.99, 0.45, 0.01, 0.98, 0.92, 0.83],
+        "model": ["standard"] * 3 + ["robust"] * 3,
+    }
+)
+BOUNDS = pd.DataFrame({"budget": [1, 2, 4], "lower": [0.1, 0.3, 0.4], "upper": [0.9, 0.6, 0.45]})
+NAMED = pd.concat(
+    [
+        BOUNDS.assign(name="IBP", lower=np.nan),
+        BOUNDS.assign(name="CROWN", lower=np.nan, upper=[0.8, 0.55, 0.44]),
+        BOUNDS.assign(name="FGSM", upper=np.nan),
+        BOUNDS.assign(name="PGD", upper=np.nan, lower=[0.2, 0.35, 0.42]),
+    ]
+)
+PUBLISHED = pd.DataFrame(
+    {"row": ["clean", "PGD, 40 steps of 0.01, one restart"], "ours": [98.4, 93.1], "low": [98.1, 92.9],
+     "high": [98.7, 93.6], "published": [98.8, np.nan]}
+)  # fmt: skip
+TRACES = {"small steps": np.arange(12.0).reshape(3, 4), "large steps": [1.0, 2.0, 4.0, 4.0]}
+SURFACE = np.add.outer(np.arange(5.0), np.arange(7.0) ** 2)
+POINTS, LABELS = [[0.2, 0.8], [0.7, 0.3], [0.9, 0.1]], [1, 0, 0]
+
+FIGURES = {
+    "images": lambda **k: plot.images(X, titles=list("abcdef"), columns=4, data_name="digits", **k),
+    "perturbations": lambda **k: plot.perturbations(
+        X, (X + 0.1).clamp(0, 1), labels=range(6), labels_adv=[0, 1, 7, 3, 4, 5], data_name="digits", **k
+    ),
+    "robustness_curve": lambda **k: plot.robustness_curve(CURVE, data_name="digits", **k),
+    "loss_trace": lambda **k: plot.loss_trace(TRACES, data_name="digits", **k),
+    "decision_regions": lambda **k: plot.decision_regions(
+        lambda x: x, POINTS, LABELS, balls=("L1", 0.1), data_name="digits", **k
+    ),
+    "norm_balls": lambda **k: plot.norm_balls(0.25, **k),
+    "loss_surface": lambda **k: plot.loss_surface(
+        SURFACE, (0, 1, 0, 2), marks={"image": (0.5, 1)}, path=[(0.5, 1), (0.9, 1.5)], data_name="digits", **k
+    ),
+    "loss_slices": lambda **k: plot.loss_slices(
+        [0, 1, 2], {"gradient": [0, 1, 4], "random": [0, 0, 1]}, data_name="digits", **k
+    ),
+    "sandwich": lambda **k: plot.sandwich(NAMED, data_name="digits", truth=0.43, **k),
+    "bars_against_published": lambda **k: plot.bars_against_published(PUBLISHED, data_name="digits", **k),
+}
+ONE_AXES = [name for name in FIGURES if name not in ("images", "perturbations", "norm_balls")]
+every_figure = pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+
+
+def pixels(figure):
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba()).copy()
+
+
+def texts(figure):
+    """All texts with something in them, after drawing."""
+    pixels(figure)
+    return figure.findobj(lambda a: isinstance(a, Text) and a.get_text().strip())
+
+
+def words(figure):
+    return " | ".join(t.get_text() for t in texts(figure))
+
+
+@every_figure
+def test_every_figure_leaves_pyplot_and_the_settings_alone(draw):
+    settings, mine = dict(matplotlib.rcParams), plt.figure()
+    figure = draw()
+    assert isinstance(figure, Figure)
+    assert plt.get_fignums() == [mine.number] and plt.gcf() is mine
+    plt.close(mine)
+    assert dict(matplotlib.rcParams) == settings
+
+
+@every_figure
+def test_every_figure_looks_the_same_under_any_settings(draw):
+    plain = pixels(draw())
+    odd = {"xtick.labelsize": 22, "axes.facecolor": "black", "grid.color": "red", "ytick.color": "red"}
+    odd |= {"font.size": 20, "axes.labelsize": 25, "lines.linewidth": 9, "figure.facecolor": "black"}
+    with plt.rc_context(odd):
+        assert np.array_equal(pixels(draw()), plain)
+
+
+@every_figure
+def test_every_figure_is_a_white_card(draw):
+    card = pixels(draw())
+    edge = np.concatenate([card[0], card[-1], card[:, 0], card[:, -1]])
+    assert (edge[:, 3] == 255).all() and (edge[:, :3] == 255).all(axis=1).mean() > 0.9
+
+
+@every_figure
+def test_nothing_is_cut_off_and_text_reads_on_a_phone(draw):
+    figure = draw()
+    shown = texts(figure)
+    width, height = figure.get_size_inches()
+    tight = figure.get_tightbbox()
+    assert min(tight.x0, tight.y0) > -0.01 and tight.x1 < width + 0.01 and tight.y1 < height + 0.01
+    phone = 328 / figure.get_figwidth() / 72  # pixels of a 360 px page, margins off, to the point
+    assert min(t.get_fontsize() for t in shown) * phone > 8.9
+
+
+@pytest.mark.parametrize("name", [n for n in FIGURES if n != "norm_balls"])
+def test_title_names_the_data(name):
+    figure = FIGURES[name]()
+    titles = [ax.get_title(loc="left") for ax in figure.axes] + [figure.get_suptitle()]
+    assert any("digits" in title for title in titles)
+
+
+@pytest.mark.parametrize("name", ONE_AXES)
+def test_one_axes_figures_draw_into_the_callers_axes_and_label_them(name):
+    mine, ax = plt.subplots()
+    try:
+        assert FIGURES[name](ax=ax) is mine
+        assert ax.has_data() and ax.get_xlabel() and plt.fignum_exists(mine.number)
+        assert ax.get_ylabel() or name == "bars_against_published"
+        with pytest.raises(TypeError, match="ax: got str"):
+            FIGURES[name](ax="axes")
+    finally:
+        plt.close(mine)
+
+
+def lightness(colour):
+    """CIE L*, 0 to 100."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
+
+
+def test_lines_differ_in_colour_dash_and_marker_and_neighbours_in_lightness():
+    lines = [plot._line(i) for i in range(12)]
+    for key in ("color", "linestyle", "marker"):
+        assert len({str(line[key]) for line in lines[:6]}) == 6
+    assert len({str(line) for line in lines}) == 12 and len({line["marker"] for line in lines}) == 12
+    steps = np.diff([lightness(c) for c in plot.COLOURS + plot.COLOURS[:1]])
+    assert (np.abs(steps) > 15).all()
+    with plot.style():
+        assert plt.rcParams["axes.prop_cycle"].by_key()["color"][:6] == list(plot.COLOURS)
+
+
+def test_images_shows_each_image_under_its_title():
+    figure = plot.images(X, titles=list("abcdef"), columns=4)
+    shown = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title() for ax in shown] == list("abcdef")
+    assert all(np.array_equal(ax.images[0].get_array(), x[0]) for ax, x in zip(shown, X, strict=True))
+    rgb = plot.images(torch.rand(2, 3, 4, 5))
+    assert rgb.axes[0].images[0].get_array().shape == (4, 5, 3)
+
+
+@pytest.mark.parametrize(
+    "largest, factor", [(0.1, 10), (0.3, 3), (8 / 255, 30), (1 / 255, 200), (0.75, 1), (1.0, 1), (0.0, 1)]
+)
+def test_perturbation_is_magnified_by_a_round_factor_that_fits(largest, factor):
+    x = torch.zeros(1, 1, 4, 4)
+    figure = plot.perturbations(x, x + largest)
+    image = figure.axes[1].images[0]
+    assert f"× {factor:g} " in words(figure)
+    assert np.allclose(image.get_array(), factor * largest, atol=1e-6) and image.get_clim() == (-1, 1)
+
+
+def test_perturbation_of_colour_images_is_centred_on_grey_and_magnify_is_obeyed():
+    x = torch.full((1, 3, 4, 4), 0.5)
+    x_adv = x.clone()
+    x_adv[:, 0, 0, 0] -= 0.1
+    figure = plot.perturbations(x, x_adv, magnify=5)
+    change = figure.axes[1].images[0].get_array()
+    assert "× 5 (mid-grey" in words(figure)
+    assert np.allclose(change[0, 0], [0.25, 0.5, 0.5]) and np.allclose(change[1:], 0.5)
+
+
+def test_wrong_predictions_are_marked_by_sign_weight_and_frame():
+    figure = plot.perturbations(X[:3], X[:3], labels=[0, 1, 2], labels_adv=[0, 2, 2], classes=["cat", "dog", "ship"])
+    right, wrong = figure.axes[6], figure.axes[7]
+    assert [ax.get_title() for ax in figure.axes] == ["cat", "dog", "ship", "", "", "", "cat", "✗ ship", "ship"]
+    assert wrong.title.get_fontweight() == "bold" != right.title.get_fontweight()
+    assert wrong.spines["left"].get_linewidth() > 2 * right.spines["left"].get_linewidth()
+
+
+def test_robustness_curve_draws_one_line_and_one_interval_a_model_in_per_cent():
+    ax = plot.robustness_curve(CURVE.sample(frac=1, random_state=0)).axes[0]
+    lines = {line.get_label(): line for line in ax.lines}
+    assert set(lines) == {"standard", "robust"} == {t.get_text() for t in ax.get_legend().get_texts()}
+    assert np.allclose(lines["robust"].get_xydata(), [[0, 97], [0.1, 90], [0.2, 80]])
+    assert len(ax.collections) == 2 and "%" in ax.get_ylabel()
+    shaded = [band.get_paths()[0].get_extents() for band in ax.collections]
+    assert {round(box.y1) for box in shaded} == {99, 98} and {round(box.y0) for box in shaded} == {0, 77}
+
+
+def test_robustness_curve_tells_attacks_apart():
+    both = pd.concat([CURVE.assign(attack="FGSM"), CURVE.assign(attack="PGD")])
+    ax = plot.robustness_curve(both).axes[0]
+    assert [line.get_label() for line in ax.lines] == ["standard, FGSM", "robust, FGSM", "standard, PGD", "robust, PGD"]
+    with pytest.raises(ValueError, match="one row for each model, attack and eps"):
+        plot.robustness_curve(pd.concat([both, both]))
+
+
+def test_loss_trace_draws_the_median_over_the_runs():
+    ax = plot.loss_trace(TRACES).axes[0]
+    lines = {line.get_label(): line for line in ax.lines}
+    assert np.array_equal(lines["small steps"].get_ydata(), [4, 5, 6, 7])
+    assert np.array_equal(lines["large steps"].get_ydata(), [1, 2, 4, 4])
+    faint = [line for line in ax.lines if line.get_alpha() is not None]
+    assert len(faint) == 3 and all(line.get_alpha() < 0.5 for line in faint)
+
+
+def test_decision_regions_are_hatched_bounded_and_hold_points_and_balls():
+    seen = []
+
+    def predict(x):
+        seen.append(x)
+        return (x[:, 0] > 0.5).long()
+
+    ax = plot.decision_regions(predict, POINTS, LABELS, bounds=(0, 1, 0, 1), balls=("Linf", 0.1)).axes[0]
+    assert seen[0].dtype == torch.float32 and seen[0].shape[1] == 2 and not seen[0].requires_grad
+    hatched = [c.hatches[0] for c in ax.collections if getattr(c, "hatches", None) and c.hatches[0]]
+    assert len(hatched) == len(set(hatched)) == 2
+    dots = {line.get_marker(): line.get_xydata() for line in ax.lines}
+    assert np.allclose(dots["s"], [[0.2, 0.8]]) and len(dots["o"]) == 2
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["class 0: region, points", "class 1: region, points"]
+    box = ax.patches[0].get_path().vertices
+    assert len(ax.patches) == 3 and np.allclose([box.min(0), box.max(0)], [[0.1, 0.7], [0.3, 0.9]])
+    assert not any(isinstance(c, QuadMesh) for c in ax.collections)
+
+
+@pytest.mark.parametrize("norm, p", [("L1", 1), ("L2", 2), ("Linf", np.inf)])
+def test_balls_are_balls(norm, p):
+    assert np.allclose(np.linalg.norm(plot._ball(norm, 0.3), ord=p, axis=1), 0.3)
+
+
+def test_norm_balls_step_reaches_the_dual_norm_in_the_title():
+    g = np.array([-0.4, 1.1])
+    figure = plot.norm_balls(0.5, gradient=g)
+    for ax, p, q in zip(figure.axes, (1, 2, np.inf), (np.inf, 2, 1), strict=True):
+        step = next(line for line in ax.lines if line.get_marker() == "o").get_xydata()[0]
+        assert np.isclose(np.linalg.norm(step, ord=p), 0.5) and np.isclose(g @ step, 0.5 * np.linalg.norm(g, ord=q))
+        assert f"{0.5 * np.linalg.norm(g, ord=q):.2f}" in ax.get_title()
+        level = next(line for line in ax.lines if line.get_marker() != "o").get_xydata()
+        assert np.allclose(level @ g, g @ step)
+
+
+def test_loss_surface_has_its_extent_marks_and_path():
+    figure = FIGURES["loss_surface"]()
+    ax, bar = figure.axes
+    assert ax.get_xlim() == (0, 1) and ax.get_ylim() == (0, 2) and "loss" in bar.get_ylabel()
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert lines == {"path": [[0.5, 1], [0.9, 1.5]], "image": [[0.5, 1]]}
+    assert plot.loss_surface(np.ones((3, 3)), (0, 1, 0, 1)).axes  # a flat surface is one too
+
+
+def test_loss_surface_is_not_upside_down():
+    ax = plot.loss_surface([[0.0, 0.0], [1.0, 1.0]], (0, 1, 0, 1)).axes[0]
+    darkest = ax.collections[0].get_paths()[0].vertices
+    assert darkest[:, 1].max() < 0.1
+
+
+def test_loss_slices_draws_each_label():
+    ax = FIGURES["loss_slices"]().axes[0]
+    assert {line.get_label(): list(line.get_ydata()) for line in ax.lines} == {
+        "gradient": [0, 1, 4],
+        "random": [0, 0, 1],
+    }
+
+
+def test_sandwich_shades_between_the_best_bounds():
+    ax = plot.sandwich(NAMED, truth=0.43, below="poison: at least", above="bound: at most").axes[0]
+    assert [line.get_label() for line in ax.lines] == ["IBP", "CROWN", "FGSM", "PGD", "truth"]
+    band = ax.collections[0].get_paths()[0].vertices
+    for budget, low, high in ((1, 0.2, 0.8), (2, 0.35, 0.55), (4, 0.42, 0.44)):
+        at = band[band[:, 0] == budget, 1]
+        assert np.allclose([at.min(), at.max()], [low, high])
+    assert {t.get_text() for t in ax.texts} == {"bound: at most ↓", "poison: at least ↑"}
+    up = [line.get_color() for line in ax.lines]
+    assert up[0] == up[1] != up[2] == up[3]
+    styles = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in ax.lines}
+    assert len(styles) == 5
+
+
+def test_sandwich_sentences_lie_on_no_curve():
+    figure = plot.sandwich(BOUNDS.assign(lower=0.1, upper=0.9), truth=0.43)
+    pixels(figure)
+    ax = figure.axes[0]
+    curves = np.concatenate([line.get_ydata() for line in ax.lines])
+    above, below = (text.get_window_extent().transformed(ax.transData.inverted()) for text in ax.texts)
+    assert curves.max() < above.y0 and curves.min() > below.y1
+
+
+def test_sandwich_names_a_bound_that_gives_both_sides_twice():
+    ax = plot.sandwich(BOUNDS.assign(name="MIP", exact=[0.42, 0.43, 0.44])).axes[0]
+    assert [line.get_label() for line in ax.lines] == ["MIP, certificates", "MIP, attacks", "exact"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lower": [0.1, 0.7, 0.4]}, "lower 0.7 above upper 0.6 at budget 2"),
+        ({"exact": [0.05, 0.4, 0.42]}, "lower 0.1 above exact 0.05 at budget 1"),
+        ({"exact": [0.5, 0.5, 0.5]}, "exact 0.5 above upper 0.45 at budget 4"),
+    ],
+)
+def test_sandwich_refuses_what_crosses(change, message):
+    with pytest.raises(ValueError, match=message):
+        plot.sandwich(BOUNDS.assign(**change))
+    with pytest.raises(ValueError, match="truth 0.5 above upper 0.45 at budget 4"):
+        plot.sandwich(BOUNDS, truth=0.5)
+
+
+def test_published_values_stand_beside_ours():
+    ax = FIGURES["bars_against_published"]().axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()][0] == "clean"
+    assert {t.get_text() for t in ax.get_legend().get_texts()} == {"ours, with interval", "published"}
+    bars = ax.containers[0].lines[2][0].get_segments()
+    assert np.allclose([bar[:, 0] for bar in bars], [[98.1, 98.7], [92.9, 93.6]])
+    published = next(line for line in ax.lines if line.get_label() == "published")
+    assert published.get_xdata()[0] == 98.8 and published.get_markerfacecolor() == "white"
+
+
+NAN = float("nan")
+BAD = [
+    (lambda: plot.images(X * 255), ValueError, r"x: got values in \[0, 255\]"),
+    (lambda: plot.images(X[:, 0]), ValueError, r"x: got shape \(6, 8, 8\), want \(N, C, H, W\)"),
+    (lambda: plot.images(X[:0]), ValueError, "x: got shape .* want a non-empty batch"),
+    (lambda: plot.images(X * NAN), ValueError, "x: got NaN"),
+    (lambda: plot.images(X, titles=["a"]), ValueError, "titles: got .* want 6 texts"),
+    (lambda: plot.images(X, titles="abcdef"), ValueError, "titles: got 'abcdef'"),
+    (lambda: plot.images(X, columns=0), ValueError, "columns: got 0"),
+    (lambda: plot.perturbations(X, X[:3]), ValueError, r"x_adv: got shape \(3, 1, 8, 8\), want \(6, 1, 8, 8\)"),
+    (lambda: plot.perturbations(X.repeat(3, 1, 1, 1), X.repeat(3, 1, 1, 1)), ValueError, "x: got 18 images"),
+    (lambda: plot.perturbations(X, X, labels=[0, 1]), ValueError, "labels: got 2 labels, want 6"),
+    (lambda: plot.perturbations(X, X, labels=[0, 1, 2, 3, 4, 9], classes="abc"), ValueError, r"labels: got .*\[0, 2\]"),
+    (lambda: plot.perturbations(X, X, magnify=0), ValueError, "magnify: got 0"),
+    (lambda: plot.robustness_curve([1]), TypeError, "table: got list, want a pandas DataFrame"),
+    (lambda: plot.robustness_curve(CURVE.drop(columns=["low", "model"])), ValueError, "table: no column low, model"),
+    (lambda: plot.robustness_curve(CURVE[:0]), ValueError, "table: got no rows"),
+    (lambda: plot.robustness_curve(CURVE.assign(accuracy="a")), TypeError, "table: column accuracy holds"),
+    (lambda: plot.robustness_curve(CURVE.assign(high=NAN)), ValueError, "table: column high holds NaN"),
+    (lambda: plot.robustness_curve(CURVE.assign(accuracy=50.0)), ValueError, "not per cent"),
+    (lambda: plot.robustness_curve(CURVE.assign(eps=-CURVE["eps"])), ValueError, "eps >= 0"),
+    (lambda: plot.robustness_curve(CURVE.assign(low=1.0)), ValueError, "want low <= accuracy <= high"),
+    (lambda: plot.loss_trace([1, 2]), TypeError, "traces: got list, want a dict"),
+    (lambda: plot.loss_trace({}), ValueError, "traces: got 0 lines"),
+    (lambda: plot.loss_trace({str(i): [1, 2] for i in range(13)}), ValueError, "traces: got 13 lines, want 1 to 12"),
+    (lambda: plot.loss_trace({"a": [1, NAN]}), ValueError, r"traces\['a'\]: got NaN"),
+    (lambda: plot.loss_trace({"a": np.zeros((2, 2, 2))}), ValueError, r"traces\['a'\]: got shape \(2, 2, 2\)"),
+    (lambda: plot.loss_trace({"a": ["x"]}), TypeError, r"traces\['a'\]: got list, want numbers"),
+    (lambda: plot.decision_regions(lambda x: x, [[1, 2, 3]], [0]), ValueError, r"points: got \(1, 3\)"),
+    (lambda: plot.decision_regions(lambda x: x, POINTS, [0]), ValueError, "points: got .* for 1 labels"),
+    (lambda: plot.decision_regions(lambda x: x, POINTS, [0, 1, -1]), ValueError, r"labels: got \[-1, 1\]"),
+    (lambda: plot.decision_regions(lambda x: x[:5], POINTS, LABELS), ValueError, "predict: got 5 answers"),
+    (lambda: plot.decision_regions(lambda x: x * NAN, POINTS, LABELS), ValueError, "predict: got NaN"),
+    (lambda: plot.decision_regions(lambda x: x, POINTS, LABELS, balls=("L3", 1)), ValueError, "balls: got 'L3'"),
+    (lambda: plot.decision_regions(lambda x: x, POINTS, LABELS, balls=("L2", -1)), ValueError, "balls: got -1"),
+    (lambda: plot.decision_regions(lambda x: x, POINTS, LABELS, bounds=(1, 0, 0, 1)), ValueError, "bounds: got"),
+    (lambda: plot.norm_balls(0), ValueError, "eps: got 0"),
+    (lambda: plot.norm_balls(gradient=(0, 0)), ValueError, r"gradient: got \(0, 0\)"),
+    (lambda: plot.loss_surface([1, 2], (0, 1, 0, 1)), ValueError, r"values: got shape \(2,\)"),
+    (lambda: plot.loss_surface([[1, 2]], (0, 1, 0, 1)), ValueError, r"values: got shape \(1, 2\)"),
+    (lambda: plot.loss_surface(SURFACE * NAN, (0, 1, 0, 1)), ValueError, "values: got NaN"),
+    (lambda: plot.loss_surface(SURFACE, (0, 1)), ValueError, "extent: got"),
+    (lambda: plot.loss_surface(SURFACE, (0, 1, 0, 1), path=[(1, 2, 3)]), ValueError, r"path: got shape \(1, 3\)"),
+    (lambda: plot.loss_surface(SURFACE, (0, 1, 0, 1), marks=[(1, 2)]), TypeError, "marks: got list"),
+    (lambda: plot.loss_surface(SURFACE, (0, 1, 0, 1), marks={"a": [1]}), ValueError, r"marks\['a'\]: want two"),
+    (lambda: plot.loss_slices([0, 1], {"a": [1]}), ValueError, r"values_by_label\['a'\]: want shape \(2,\)"),
+    (lambda: plot.loss_slices([0, 1], [1, 2]), TypeError, "values_by_label: got list"),
+    (lambda: plot.sandwich(BOUNDS.drop(columns="upper")), ValueError, "table: no column upper"),
+    (lambda: plot.sandwich(BOUNDS.assign(lower=NAN, upper=NAN)), ValueError, "neither lower nor upper"),
+    (lambda: plot.sandwich(BOUNDS.assign(budget=NAN)), ValueError, "table: column budget holds NaN"),
+    (lambda: plot.sandwich(BOUNDS.assign(lower=NAN)), ValueError, "table: lower: got 0 lines"),
+    (lambda: plot.sandwich(BOUNDS, truth=NAN), ValueError, "truth: got NaN"),
+    (lambda: plot.bars_against_published(PUBLISHED.assign(ours=NAN)), ValueError, "table: column ours holds NaN"),
+    (lambda: plot.bars_against_published(PUBLISHED.assign(low=99.0)), ValueError, "want low <= ours <= high"),
+    (lambda: plot.bars_against_published(PUBLISHED.drop(columns="row")), ValueError, "table: no column row"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", BAD, ids=[message for _, _, message in BAD])
+def test_bad_input_is_named_and_leaves_no_figure_open(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+    assert plt.get_fignums() == []
+
+
+def test_examples_run():
+    assert doctest.testmod(plot).failed == 0

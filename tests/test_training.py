@@ -1,0 +1,155 @@
+"""The training loop: deterministic, honest history, composition of losses, and against an independent optimiser."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from tmlcourse import data, models, training
+from tmlcourse.attacks import fgsm
+from tmlcourse.threat import Linf
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", "train", n=400)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_fit_is_reproducible_and_leaves_generator_mode_and_gradients(digits):
+    runs = []
+    for seed in (0, 0, 1):
+        model = nn.Sequential(*models.mlp((1, 8, 8), hidden=(16,), seed=0), nn.Dropout(0.2)).eval()
+        state = torch.get_rng_state()
+        history = training.fit(model, digits, epochs=2, seed=seed, loss=training.adversarial(Linf(0.1), steps=1))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not model.training and all(p.grad is None for p in model.parameters())
+        runs.append((weights(model), history.drop(columns="seconds")))
+    assert torch.equal(runs[0][0], runs[1][0]) and runs[0][1].equals(runs[1][1])
+    assert not torch.equal(runs[0][0], runs[2][0])
+
+
+def test_fit_reaches_the_optimum_that_scikit_learn_finds():
+    """Full-batch training of logistic regression with a ridge: a convex problem with one answer."""
+    g = np.random.default_rng(0)
+    x, y = g.random((200, 5)), g.integers(0, 3, 200)
+    x[:, 0] += y / 3
+    x = x / x.max()
+    set_ = SimpleNamespace(x=torch.tensor(x, dtype=torch.float32), y=torch.tensor(y))
+
+    def ridge(model, x, y):
+        return F.cross_entropy(model(x), y) + (model.weight**2).sum() / (2 * 200)
+
+    model = nn.Linear(5, 3)
+    training.fit(model, set_, epochs=400, batch_size=200, lr=0.5, loss=ridge, seed=0)
+    peer = LogisticRegression(C=1.0, max_iter=5000, tol=1e-10).fit(x, y)
+    np.testing.assert_allclose(
+        torch.softmax(model(set_.x), 1).detach().numpy(), peer.predict_proba(x), atol=2e-3
+    )
+
+
+def test_history_tells_what_happened(digits):
+    model = models.mlp((1, 8, 8), hidden=(64,), seed=0)
+    held_out = data.load("digits")
+    history = training.fit(model, digits, epochs=8, lr=1e-2, validation=held_out, seed=0)
+    assert list(history.epoch) == [*range(1, 9)]
+    assert history.loss.iloc[-1] < history.loss.iloc[0] / 2
+    assert history.validation.iloc[-1] == training.accuracy(model, held_out.x, held_out.y) > 0.8
+    assert history.accuracy.iloc[-1] > 0.9
+
+
+def test_adversarial_loss_is_the_loss_at_the_attack_and_keeps_the_mode(digits):
+    model = models.mlp((1, 8, 8), seed=0).train()
+    x, y = digits.x[:20], digits.y[:20]
+    value, _ = training.adversarial(Linf(0.1), fgsm)(model, x, y)
+    assert model.training
+    torch.testing.assert_close(value, F.cross_entropy(model(fgsm(model, x, y, Linf(0.1))), y))
+    assert value > training.cross_entropy(model, x, y)[0]
+
+
+def test_danskin_gradient_of_the_worst_case_on_a_linear_model():
+    """grad_w max_delta l = grad_w l at delta*, against the closed form log(1 + exp(-(margin) + eps ||w||_1)) differentiated."""
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 2).double(), 0.3 + 0.4 * torch.rand(30, 6).double(), torch.randint(0, 2, (30,))
+    value, _ = training.adversarial(Linf(0.1, box=None), fgsm)(model, x, y)
+    found = torch.autograd.grad(value, model.weight)[0]
+    w, s = model.weight[1] - model.weight[0], 2.0 * y - 1
+    exact = F.softplus(-(s * (x @ w + model.bias[1] - model.bias[0])) + 0.1 * w.abs().sum()).mean()
+    torch.testing.assert_close(found, torch.autograd.grad(exact, model.weight)[0], atol=1e-9, rtol=0)
+
+
+def test_single_step_takes_the_step_whether_or_not_it_helps(digits):
+    model = models.mlp((1, 8, 8), seed=0)
+    torch.manual_seed(0)
+    x_adv = training.single_step(model, digits.x[:9], digits.y[:9], Linf(0.2), alpha=0.25)
+    assert Linf(0.2).contains(x_adv, digits.x[:9]).all()
+    torch.manual_seed(0)
+    start = Linf(0.2).random(digits.x[:9])
+    assert ((x_adv - start).abs().flatten(1).amax(1) > 0.05).all()
+
+
+def test_crop_and_flip_moves_and_mirrors_pixels_only():
+    x = torch.rand(500, 2, 6, 6) + 0.1
+    torch.manual_seed(0)
+    out = training.crop_and_flip(x, padding=2)
+    assert out.shape == x.shape
+    padded = F.pad(x, [2] * 4)
+    kinds = set()
+    for before, after in zip(padded, out, strict=True):
+        hits = [
+            (dy, dx, flip)
+            for dy in range(5)
+            for dx in range(5)
+            for flip in (False, True)
+            if torch.equal(after, (w.flip(2) if flip else w) if (w := before[:, dy : dy + 6, dx : dx + 6]) is not None else w)
+        ]
+        assert hits
+        kinds.add(hits[0])
+    assert len(kinds) == 50  # every shift, mirrored or not
+
+
+def test_accuracy_counts(digits):
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.zeros_(constant[1].weight)
+    constant[1].bias.data = F.one_hot(torch.tensor(3), 10).float()
+    assert training.accuracy(constant, digits.x, digits.y) == (digits.y == 3).double().mean()
+    assert training.accuracy(constant, digits.x, digits.y, batch_size=7) == (digits.y == 3).double().mean()
+
+
+def test_an_interrupted_run_leaves_a_usable_model(digits):
+    model = models.mlp((1, 8, 8), seed=0)
+    calls = []
+
+    def loss(model, x, y):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return F.cross_entropy(model(x), y)
+
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(model, digits, loss=loss, seed=0)
+    assert not model.training and torch.isfinite(weights(model)).all() and all(p.grad is None for p in model.parameters())
+
+
+def test_bad_input(digits):
+    model = models.linear((1, 8, 8), seed=0)
+    cases = [
+        (dict(epochs=0), ValueError, "epochs: got 0"),
+        (dict(batch_size=2.5), TypeError, "batch_size: got 2.5"),
+        (dict(lr=-1.0), ValueError, "lr: got -1.0"),
+        (dict(lr=1e30, optimizer=torch.optim.SGD), FloatingPointError, "loss: got"),
+    ]
+    for options, error, message in cases:
+        with pytest.raises(error, match=message):
+            training.fit(model, digits, **options)
+    with pytest.raises(ValueError, match=r"data.x: got values in .*divide by 255"):
+        training.fit(model, SimpleNamespace(x=digits.x * 255, y=digits.y))
+    with pytest.raises(ValueError, match="x: got NaN"):
+        training.accuracy(model, digits.x * float("nan"), digits.y)
