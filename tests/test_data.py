@@ -209,6 +209,21 @@ def test_an_npz_may_name_its_classes_and_hold_colour(cache, tmp_path):
     assert torch.equal(loaded.x, torch.from_numpy(x).permute(0, 3, 1, 2) / 255)
 
 
+@pytest.mark.parametrize(("name", "shape"), [("digits-28x28", (1, 28, 28)), ("digits-32x32", (3, 32, 32))])
+def test_resized_digits_are_a_set_of_their_own(name, shape):
+    small, large = data.load("digits", n=20), data.load(name, n=20)
+    assert large.name == name and large.shape == shape and torch.equal(large.y, small.y)
+    assert torch.equal(large.x[:, :1], large.x[:, -1:])
+    averaged = torch.nn.functional.interpolate(large.x[:, :1], size=(8, 8), mode="area")
+    assert (averaged - small.x).abs().mean() < 0.12
+
+
+def test_no_download_when_not_allowed(cache, monkeypatch):
+    monkeypatch.setenv("TMLCOURSE_OFFLINE", "0")
+    with pytest.raises(FileNotFoundError, match="no download: download=False"):
+        data.load("cifar10", download=False)
+
+
 def test_root_then_variable_then_cache(cache, tmp_path, monkeypatch):
     places = {"root": tmp_path / "a", "variable": tmp_path / "b", "cache": cache}
     for place, folder in places.items():
@@ -452,7 +467,7 @@ def test_the_fallback_after_a_failed_download(cache, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"name": "imagenet"}, ValueError, "name: got 'imagenet', want one of 'digits', 'shapes', 'mnist'"),
+        ({"name": "imagenet"}, ValueError, "name: got 'imagenet', want one of 'digits', 'digits-28x28'"),
         ({"name": None}, ValueError, "name: got None"),
         ({"split": "validation"}, ValueError, "split: got 'validation', want one of 'train', 'test'"),
         ({"n": 0}, ValueError, "n: got 0"),

@@ -106,10 +106,7 @@ def test_steepest_step_reaches_the_dual_norm(seed, which, alpha):
 def test_no_feasible_direction_beats_the_steepest_step(threat):
     _, g = batch(11, n=1, d=4)
     v = torch.randn(20000, 4, dtype=torch.float64)
-    if isinstance(threat, L0):
-        v = threat._keep(v, v.abs()).clamp(-1, 1)
-    else:
-        v = v / threat.norm(v)[:, None]
+    v = threat._keep(v, v.abs()).clamp(-1, 1) if isinstance(threat, L0) else v / threat.norm(v)[:, None]
     assert (v @ g[0]).max() <= threat.dual_norm(g)[0] + 1e-9
 
 

@@ -29,6 +29,7 @@ _SPLITS = ("train", "test")
 _SHAPES_SIZE = {"train": 10_000, "test": 2_000}
 _CHUNK = 512  # images drawn from one generator: image i depends on (seed, split, i) alone, whatever n is
 _DIGITS = tuple("0123456789")
+_RESIZED = {"digits-28x28": (1, 28, 28), "digits-32x32": (3, 32, 32)}
 
 
 class _Vision(NamedTuple):
@@ -103,19 +104,27 @@ class Dataset:
 
 
 def load(
-    name: str, split: str = "test", *, n: int | None = None, fallback: str | None = None, root: str | Path | None = None
+    name: str,
+    split: str = "test",
+    *,
+    n: int | None = None,
+    fallback: str | None = None,
+    root: str | Path | None = None,
+    download: bool = True,
 ) -> Dataset:
     """The `split` ("train" or "test") of a data set, or its first `n` images in file order.
 
     - "digits": 1,433 / 364 handwritten digits (1, 8, 8), embedded in scikit-learn. The test set is the first, sixth,
       eleventh, ... image of each class; the same writers are in both splits.
+    - "digits-28x28", "digits-32x32": the same, resized to the shape of MNIST (1, 28, 28) and of CIFAR-10 (3, 32, 32).
     - "shapes": 10,000 / 2,000 generated images (3, 32, 32) with masks of the evidence; see `shapes`.
     - "mnist", "fashion_mnist": 60,000 / 10,000 images (1, 28, 28); "cifar10": 50,000 / 10,000 images (3, 32, 32).
 
     The last three are looked for in `root`, in $TMLCOURSE_DATA and in the cache (~/.cache/tmlcourse, or tmlcourse in
     $XDG_CACHE_HOME): torchvision's own folder (`MNIST/raw`, `FashionMNIST/raw`, `cifar-10-batches-py`), or `<name>.npz`
     with uint8 images x_train, x_test (N, H, W) or (N, H, W, 3), labels y_train, y_test (N,) and perhaps `classes`.
-    If they are nowhere, torchvision downloads them into the cache, unless $TMLCOURSE_OFFLINE is 1. If that fails too,
+    If they are nowhere, torchvision downloads them into the cache, unless $TMLCOURSE_OFFLINE is 1 or `download` is
+    False. If that fails too,
     `fallback="digits"` gives the digits resized to the shape asked for (fewer than `n` if there are not so many), named
     "digits-28x28" or "digits-32x32", and prints one line that says so.
 
@@ -127,7 +136,7 @@ def load(
     >>> data.name, data.x.shape, data.y
     ('digits', torch.Size([5, 1, 8, 8]), tensor([0, 1, 2, 3, 4]))
     """
-    checks.choice(name, "name", ("digits", "shapes", *_VISION))
+    checks.choice(name, "name", ("digits", *_RESIZED, "shapes", *_VISION))
     checks.choice(split, "split", _SPLITS)
     if n is not None:
         checks.positive_int(n, "n")
@@ -135,17 +144,18 @@ def load(
         checks.choice(fallback, "fallback", ("digits",))
     if name == "shapes":
         return shapes(_count(n, _SHAPES_SIZE[split], name, split), split)
-    if name == "digits":
+    if name == "digits" or name in _RESIZED:
         data = _digits(split)
-        return data[: _count(n, len(data), name, split)]
+        data = data[: _count(n, len(data), name, split)]
+        return data if name == "digits" else _resized(data, _RESIZED[name])
 
-    cache = _cache()
+    cache = cache_folder()
     given = [folder for folder in (root, os.environ.get("TMLCOURSE_DATA")) if folder]
     folders = [Path(folder).expanduser() for folder in given] + [cache]
     found = _find(name, folders)
     if found is None:
         try:
-            found = _download(name, cache)
+            found = _download(name, cache, download)
         except (OSError, RuntimeError, HTTPException, EOFError) as cause:
             if fallback is None:
                 raise FileNotFoundError(_how_to_get(name, folders, cause)) from cause
@@ -276,17 +286,21 @@ def _digits(split: str) -> Dataset:
     return Dataset(x, torch.from_numpy(digits.target[chosen].astype(np.int64)), _DIGITS, "digits")
 
 
+def _resized(digits: Dataset, shape: tuple[int, int, int]) -> Dataset:
+    x = F.interpolate(digits.x, size=shape[1:], mode="bilinear").clamp_(0, 1).repeat(1, shape[0], 1, 1)
+    return replace(digits, x=x, name=f"digits-{shape[1]}x{shape[2]}")
+
+
 def _stand_in(name: str, split: str, n: int | None, cause: Exception) -> Dataset:
     """The digits in the shape of data set `name`, and the one line that says so."""
-    data, (channels, *size) = _digits(split)[:n], _VISION[name].shape
-    x = F.interpolate(data.x, size=size, mode="bilinear").clamp_(0, 1).repeat(1, channels, 1, 1)
-    label = f"digits-{size[0]}x{size[1]}"
-    print(f"tmlcourse: {name} is not here and could not be downloaded ({_one_line(cause, 160)}). Instead: {len(x)} "
-          f"embedded digits, resized and named {label!r}; what follows shows them, not {name}.")  # fmt: skip
-    return replace(data, x=x, name=label)
+    data = _resized(_digits(split)[:n], _VISION[name].shape)
+    print(f"tmlcourse: {name} is not here and could not be downloaded ({_one_line(cause, 160)}). Instead: {len(data)} "
+          f"embedded digits, resized and named {data.name!r}; what follows shows them, not {name}.")  # fmt: skip
+    return data
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where downloads and trained networks are kept: tmlcourse in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tmlcourse"
 
 
@@ -299,10 +313,12 @@ def _find(name: str, folders: list[Path]) -> Path | None:
     return None
 
 
-def _download(name: str, cache: Path) -> Path:
+def _download(name: str, cache: Path, allowed: bool) -> Path:
     """Let torchvision download and verify into a temporary folder in the cache; move what is complete into place."""
     if os.environ.get("TMLCOURSE_OFFLINE", "0") not in ("", "0"):
         raise OSError("TMLCOURSE_OFFLINE is set")
+    if not allowed:
+        raise OSError("download=False")
     from torchvision import datasets  # takes a second: only when it is needed
 
     cache.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ class Residual(nn.Module):
 
 
 def linear(shape=(1, 28, 28), classes: int = 10, *, mean=None, std=None, seed: int | None = None) -> nn.Sequential:
-    """h(x) = W x + b.
+    """The linear classifier h(x) = W x + b.
 
     Args:
         shape: (C, H, W) of the images.

@@ -16,9 +16,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from . import checks
+from . import checks, progress
 
 
 def cross_entropy(model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +112,7 @@ def fit(
         The history, one row an epoch: epoch, loss, accuracy (running, on what the loss saw), validation, seconds.
     Raises:
         TypeError, ValueError: bad input; FloatingPointError when the loss is no longer finite.
-    Example: `fit(small_cnn(seed=0), load("digits", "train"), epochs=2, seed=0)`.
+    Example: `fit(small_cnn((1, 8, 8), seed=0), load("digits", "train"), epochs=1, seed=0)`.
     """
     device = next(model.parameters()).device
     checks.labels(data.y, checks.images(data.x, "data.x"), "data.y")
@@ -127,7 +126,7 @@ def fit(
     devices = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices, enabled=seed is not None),
-        tqdm(total=epochs * per_epoch, delay=2, unit="step") as bar,
+        progress.bar(total=epochs * per_epoch, unit="step") as bar,
     ):
         if seed is not None:
             torch.manual_seed(seed)

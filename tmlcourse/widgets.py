@@ -12,9 +12,8 @@ import matplotlib.pyplot as plt
 from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm.auto import tqdm
 
-from . import plot
+from . import plot, progress
 
 _CARD = "background:#fff;color:#222;color-scheme:light;padding:.5rem;margin:0;max-width:100%;box-sizing:border-box"
 _MOVED = (
@@ -114,7 +113,7 @@ def _frames(draw, values: list, title: str) -> list[bytes]:
     """Draw and encode each frame; whatever draw leaves open in pyplot is closed, also after an error."""
     frames, open_before = [], set(plt.get_fignums())
     try:
-        for value in tqdm(values, desc=title, leave=False, delay=2):
+        for value in progress.bar(values, desc=title):
             with plot.style():
                 figure = draw(value)
                 if not isinstance(figure, Figure):

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .. import checks
+from .. import checks, progress
 from .gradient import pgd
 
 
@@ -85,7 +84,7 @@ def robust_accuracy(
     )
     clean = standing.float().mean().item()
     broken_by = ["" if right else "clean" for right in standing.tolist()]
-    with tqdm(total=len(attacks) * len(x), desc="robust accuracy", unit="image", delay=2, leave=False) as bar:
+    with progress.bar(total=len(attacks) * len(x), desc="robust accuracy", unit="image") as bar:
         for number, attack in enumerate(attacks):
             name = getattr(attack, "__name__", None) or getattr(
                 getattr(attack, "func", attack), "__name__", str(attack)

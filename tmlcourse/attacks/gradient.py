@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .. import checks
+from .. import checks, progress
 from .losses import margin, objective
 
 
@@ -98,7 +97,7 @@ def pgd(
                 checks.logits(z, target[chunk], "target")
             best.offer(chunk, x[chunk], z)
 
-    with tqdm(total=restarts * steps * len(x), desc="PGD", unit="step", delay=2, leave=False) as bar:
+    with progress.bar(total=restarts * steps * len(x), desc="PGD", unit="step") as bar:
         for _ in range(restarts):
             queue = (~best.fooled).nonzero().squeeze(1) if stop_early else torch.arange(len(x), device=x.device)
             bar.update(steps * (len(x) - len(queue)))

@@ -1,4 +1,4 @@
-"""What an attacker maximises: functions of logits (N, K) and labels (N,), one number an image, larger is worse for the model."""
+"""What an attacker maximises: functions of logits (N, K) and labels (N,), one number an image, larger is worse."""
 
 from __future__ import annotations
 

@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Trustworthy Machine Learning: one script sets everything up and runs it.
+
+usage: python3 course.py COMMAND [ARGUMENT ...]
+
+Every command first makes what it needs: a virtual environment in this folder with the exact versions of
+constraints.txt and the package itself. That takes minutes once and no time when nothing has changed; it can be
+interrupted at any moment and started again. Python 3.10 or later and a package index are all it needs.
+"""
+
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import venv
+
+ROOT = pathlib.Path(__file__).resolve().parent
+OLDEST = (3, 10)
+BENCH_PINS = ("torch", "torchvision", "numpy")
+WINDOWS = os.name == "nt"
+
+
+def digest(*parts):
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def environment(name, extras, pins):
+    """The Python of the virtual environment `name`: made when missing, renewed when what it depends on has changed."""
+    folder = ROOT / name
+    python = folder / ("Scripts/python.exe" if WINDOWS else "bin/python")
+    stamp = folder / "course-stamp"
+    version = "{}.{}".format(*sys.version_info)
+    key = version + " " + digest(str(ROOT), extras, pins, (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+    def state():
+        return stamp.read_text(encoding="utf-8") if stamp.is_file() else ""
+
+    if state() == key and python.exists():
+        return python
+    # Two commands started at once must not install into one folder; the lock goes away with its process.
+    lock = sqlite3.connect(str(ROOT / ".venv.lock"), timeout=3600)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+        if state() == key and python.exists():
+            return python
+        if folder.exists() and not state():
+            sys.exit(f"{name}: this folder was not made by course.py. Rename or remove it, then run the command again.")
+        print(f"Setting up {name} (several minutes the first time) ...", flush=True)
+        usable = python.exists() and state().startswith(version + " ")
+        if not usable and folder.exists():  # another Python's, or an install that was interrupted
+            shutil.rmtree(str(folder))
+        folder.mkdir(exist_ok=True)
+        stamp.write_text("unfinished", encoding="utf-8")
+        if not usable:
+            try:
+                venv.EnvBuilder(with_pip=True, symlinks=not WINDOWS).create(str(folder))
+            except subprocess.CalledProcessError:
+                sys.exit(
+                    "This Python makes no virtual environments. On Debian or Ubuntu: sudo apt install python3-venv"
+                )
+        constraints = folder / "constraints.txt"
+        constraints.write_text(pins, encoding="utf-8")
+        install = ["-m", "pip", "install", "--quiet", "--constraint", str(constraints), "--editable", f".[{extras}]"]
+        if subprocess.run([str(python), *install], cwd=str(ROOT)).returncode:
+            sys.exit("The installation failed: see pip's message above, then run the same command again.")
+        stamp.write_text(key, encoding="utf-8")
+    finally:
+        lock.close()
+    return python
+
+
+def course_environment():
+    return environment(".venv", "book,test", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
+
+
+def run(python, *command, **variables):
+    """Run Python with a command line in the checkout, its environment's programs first on the path; the exit status."""
+    path = str(python.parent) + os.pathsep + os.environ.get("PATH", "")
+    command = [str(python), *[str(part) for part in command]]
+    return subprocess.run(command, cwd=str(ROOT), env=dict(os.environ, PATH=path, **variables)).returncode
+
+
+def run_inputs():
+    """A hash of all that a chapter's output depends on besides its cells: the package, the versions, the data."""
+    files = [path for path in sorted((ROOT / "tmlcourse").rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+    parts = [str(path.relative_to(ROOT)) + hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "tmlcourse"
+    for folder in (os.environ.get("TMLCOURSE_DATA", ""), str(cache)):
+        parts += [folder, *(sorted(os.listdir(folder)) if folder and os.path.isdir(folder) else [])]
+    return digest(sys.version, (ROOT / "constraints.txt").read_text(encoding="utf-8"), *parts)
+
+
+def drop_stale_outputs():
+    """The execution cache knows the cells' text only: forget it when anything else that counts has changed."""
+    mark, inputs = ROOT / "_build" / "run-inputs", run_inputs()
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != inputs:
+        shutil.rmtree(str(ROOT / "_build" / ".jupyter_cache"), ignore_errors=True)
+        mark.parent.mkdir(exist_ok=True)
+        mark.write_text(inputs, encoding="utf-8")
+
+
+def book(arguments):
+    """run every chapter, build the book into _build/html and check the finished pages"""
+    python = course_environment()
+    os.environ.pop("MPLBACKEND", None)  # the kernel chooses its own
+    drop_stale_outputs()
+    # Matplotlib lists the machine's fonts on its first import and says so on stderr, which would fail the build.
+    run(python, "-c", "import matplotlib.font_manager")
+    # -W: a chapter that fails, fails the build. --all: also the second time.
+    build = ["-c", "from jupyter_book.cli.main import main; main()", "build", ".", "-W", "-n", "--keep-going", "--all"]
+    # In UTC, because the execution cache keeps its times without a zone.
+    status = run(python, *build, *arguments, TQDM_DISABLE="1", TZ="UTC")
+    if status:
+        print("The book was not built. What a chapter said when it failed: _build/html/reports/")
+        return status
+    status = run(python, "-m", "pytest", "-m", "built", "tests/test_book.py", "tests/test_browser.py")
+    print("The book: " + (ROOT / "_build" / "html" / "index.html").as_uri())
+    return status
+
+
+def test(arguments):
+    """run the tests; further arguments go to pytest"""
+    # One thread each: two workers that both use both cores take turns at waiting. A file stays on one worker.
+    return run(course_environment(), "-m", "pytest", "-n", "2", "--dist", "loadscope", *arguments, OMP_NUM_THREADS="1")
+
+
+def lab(arguments):
+    """open JupyterLab on the chapters"""
+    return run(course_environment(), "-m", "jupyterlab", "book", *arguments)
+
+
+def bench(arguments):
+    """compare with the peers, in an environment of their own: all of benchmarks/, or one file with its options"""
+    wanted = re.compile("(" + "|".join(BENCH_PINS) + ")==")
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    python = environment(".venv-bench", "bench", "\n".join(line for line in lines if wanted.match(line)) + "\n")
+    status = run(python, "-m", "pytest", "tests/test_attack_peers.py", OMP_NUM_THREADS="1")
+    for command in [arguments] if arguments else [[file] for file in sorted((ROOT / "benchmarks").glob("*.py"))]:
+        status = run(python, *command) or status
+    return status
+
+
+def clean_notebooks(arguments):
+    """put the notebooks into their one normal form; --check only tells"""
+    return run(course_environment(), "tools/nb_clean.py", *arguments, *sorted((ROOT / "book").glob("*.ipynb")))
+
+
+def stamp(arguments):
+    """write the repository's address from _config.yml into the setup cells and the README"""
+    return run(course_environment(), "tools/stamp.py", *arguments)
+
+
+def retrain(arguments):
+    """train a shipped network again and compare: retrain NAME"""
+    return run(course_environment(), "-m", "tmlcourse.pretrained", "retrain", *arguments)
+
+
+COMMANDS = {
+    "book": book,
+    "test": test,
+    "lab": lab,
+    "bench": bench,
+    "clean-notebooks": clean_notebooks,
+    "stamp": stamp,
+    "retrain": retrain,
+}
+
+
+def main(arguments):
+    if sys.version_info < OLDEST:
+        sys.exit("The course needs Python {}.{} or later, and this is Python {}.{}.".format(*OLDEST, *sys.version_info))
+    if not arguments or arguments[0] not in COMMANDS:
+        print(__doc__)
+        for name, function in COMMANDS.items():
+            print(f"  {name:16} {function.__doc__}")
+        return 2 if arguments else 0
+    try:
+        return COMMANDS[arguments[0]](arguments[1:])
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command starts again where that is possible.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
