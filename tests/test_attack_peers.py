@@ -1,4 +1,4 @@
-"""PGD against the libraries that people use: with the same budget on the same network, nobody leaves fewer images standing."""
+"""PGD against the libraries that people use: with equal budgets on one network, nobody leaves fewer images standing."""
 
 import warnings
 

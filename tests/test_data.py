@@ -390,6 +390,15 @@ def test_an_interrupted_download_leaves_nothing(cache, server, monkeypatch, stop
     assert socket.getdefaulttimeout() is None
 
 
+def test_another_process_may_be_faster(cache, server, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    download = MNIST.download
+    monkeypatch.setattr(MNIST, "download", lambda self: (download(self), write_idx(cache / "MNIST" / "raw")))
+    assert len(data.load("mnist")) == 7
+    assert [p.name for p in cache.iterdir()] == ["MNIST"]
+
+
 def no_network(monkeypatch):
     """Both data sets' addresses lead to a port where nobody listens."""
     from torchvision.datasets import CIFAR10, MNIST

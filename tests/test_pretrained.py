@@ -75,7 +75,7 @@ def test_published_wong_kolter_network_to_the_digit(mnist, published):
 
     assert round(1 - training.accuracy(model, mnist.x, mnist.y), 6) == 0.0180
     errors = {"fgsm": 0, "pgd": 0}
-    for x, y in zip(mnist.x.split(500), mnist.y.split(500), strict=True):
+    for x, y in zip(mnist.x.split(100), mnist.y.split(100), strict=True):
         errors["fgsm"] += int((model(step(x, x, y, 0.1)).argmax(1) != y).sum())
         x_adv = x
         for _ in range(100):
@@ -97,7 +97,7 @@ def empty_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def tiny_recipe(monkeypatch):
     """A recipe that trains in a moment."""
-    recipe = pretrained.Recipe("digits", lambda: models.linear((1, 8, 8), seed=0), 0.1, dict(epochs=1), says="linear")
+    recipe = pretrained.Recipe("digits", lambda: models.linear((1, 8, 8), seed=0), 0.1, (dict(epochs=1),), "linear")
     monkeypatch.setitem(pretrained.RECIPES, "tiny", recipe)
 
 

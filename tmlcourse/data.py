@@ -324,7 +324,10 @@ def _download(name: str, cache: Path, allowed: bool) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     target, patience = cache / _VISION[name].folder, socket.getdefaulttimeout()
     # Old torchvision releases print every attempt; the progress bar is on stderr and stays.
-    quiet = contextlib.redirect_stdout(io.StringIO())
+    quiet = contextlib.ExitStack()
+    quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):  # as for the course's own bars
+        quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
     # torchvision sets no time limit: a firewall that drops packets would hold the reader for minutes.
     socket.setdefaulttimeout(10)
     try:

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -34,13 +34,13 @@ MANIFEST = SHIPPED / "manifest.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network of the course is made: the data, the architecture, the arguments of `training.fit`, the test radius."""
+    """How a network is made: data, architecture, test radius, arguments of `training.fit` for each stage of training."""
 
     data: str
     build: Callable[[], nn.Module]
     eps: float
-    fit: dict = field(default_factory=dict)
-    says: str = ""
+    stages: tuple[dict, ...]
+    says: str
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,25 @@ _CIFAR = functools.partial(
 _CNN = functools.partial(models.small_cnn, (1, 28, 28), seed=0)
 
 RECIPES: dict[str, Recipe] = {
-    "mnist-standard": Recipe("mnist", _CNN, 0.3, dict(epochs=4), says="SmallCNN, cross-entropy"),
+    "mnist-standard": Recipe("mnist", _CNN, 0.3, (dict(epochs=4),), "SmallCNN, cross-entropy, 4 epochs"),
     "mnist-robust": Recipe(
-        "mnist", _CNN, 0.3, _fast_at(0.3, epochs=8, lr=2e-3), says="SmallCNN, fast adversarial training, Linf 0.3"
+        "mnist", _CNN, 0.3,
+        (_fast_at(0.3, epochs=8, lr=2e-3), dict(epochs=3, loss=training.adversarial(Linf(0.3), steps=7, alpha=0.1))),
+        "SmallCNN, 8 epochs of fast and 3 of PGD-7 adversarial training, Linf 0.3",
     ),
-    "digits-28x28-standard": Recipe("digits-28x28", _CNN, 0.3, dict(epochs=12), says="SmallCNN, cross-entropy"),
+    "digits-28x28-standard": Recipe("digits-28x28", _CNN, 0.2, (dict(epochs=12),), "SmallCNN, cross-entropy, 12 epochs"),
     "digits-28x28-robust": Recipe(
-        "digits-28x28", _CNN, 0.2, dict(epochs=40, lr=2e-3, loss=training.adversarial(Linf(0.2), steps=3, alpha=0.1)),
-        says="SmallCNN, PGD-3 adversarial training, Linf 0.2",
+        "digits-28x28", _CNN, 0.2,
+        (dict(epochs=40, lr=2e-3, loss=training.adversarial(Linf(0.2), steps=3, alpha=0.1)),),
+        "SmallCNN, 40 epochs of PGD-3 adversarial training, Linf 0.2",
     ),
     "cifar10-standard": Recipe(
-        "cifar10", _CIFAR, 8 / 255, dict(epochs=6, lr=1e-2, augment=training.crop_and_flip),
-        says="ResNet-20, width 8, cross-entropy",
+        "cifar10", _CIFAR, 8 / 255, (dict(epochs=6, lr=1e-2, augment=training.crop_and_flip),),
+        "ResNet-20 of width 8, cross-entropy, 6 epochs",
     ),
     "cifar10-robust": Recipe(
-        "cifar10", _CIFAR, 8 / 255, _fast_at(8 / 255, epochs=8, lr=1e-2, augment=training.crop_and_flip),
-        says="ResNet-20, width 8, fast adversarial training, Linf 8/255",
+        "cifar10", _CIFAR, 8 / 255, (_fast_at(8 / 255, epochs=8, lr=1e-2, augment=training.crop_and_flip),),
+        "ResNet-20 of width 8, 8 epochs of fast adversarial training, Linf 8/255",
     ),
 }  # fmt: skip
 
@@ -221,7 +224,9 @@ def _load_published(name: str, root) -> nn.Module:
 def _train(name: str, root, device) -> nn.Module:
     recipe = RECIPES[name]
     model = recipe.build().to(device)
-    training.fit(model, data.load(recipe.data, "train", root=root), seed=0, **recipe.fit)
+    train = data.load(recipe.data, "train", root=root)
+    for stage in recipe.stages:
+        training.fit(model, train, seed=0, **stage)
     # What is measured and cached is what is stored: the weights rounded to half precision.
     state = {k: v.half().float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     model.load_state_dict(state)
