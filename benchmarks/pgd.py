@@ -28,6 +28,7 @@ EPS, ALPHA, STEPS, BATCH = 0.3, 0.01, 40, 250
 def in_batches(attack):
     """The attack on batches of 250, as its users call it."""
 
+    @functools.wraps(attack)
     def run(model, x, y):
         return torch.cat([attack(model, a, b) for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True)])
 
