@@ -81,7 +81,9 @@ def run(python, *command, **variables):
     """Run Python with a command line in the checkout, its environment's programs first on the path; the exit status."""
     path = str(python.parent) + os.pathsep + os.environ.get("PATH", "")
     command = [str(python), *[str(part) for part in command]]
-    return subprocess.run(command, cwd=str(ROOT), env=dict(os.environ, PATH=path, **variables)).returncode
+    # Torch's threads would wait for each other by spinning: beside another busy process that is many times slower.
+    defaults = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    return subprocess.run(command, cwd=str(ROOT), env={**defaults, "PATH": path, **variables}).returncode
 
 
 def run_inputs():

@@ -66,7 +66,7 @@ def _fast_at(eps: float, **fit) -> dict:
 
 
 _CIFAR = functools.partial(
-    models.resnet, (3, 32, 32), width=8, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), seed=0
+    models.resnet, (3, 32, 32), depth=8, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), seed=0
 )
 _CNN = functools.partial(models.small_cnn, (1, 28, 28), seed=0)
 
@@ -85,11 +85,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "cifar10-standard": Recipe(
         "cifar10", _CIFAR, 8 / 255, (dict(epochs=6, lr=1e-2, augment=training.crop_and_flip),),
-        "ResNet-20 of width 8, cross-entropy, 6 epochs",
+        "ResNet-8, cross-entropy, 6 epochs",
     ),
     "cifar10-robust": Recipe(
-        "cifar10", _CIFAR, 8 / 255, (_fast_at(8 / 255, epochs=8, lr=1e-2, augment=training.crop_and_flip),),
-        "ResNet-20 of width 8, 8 epochs of fast adversarial training, Linf 8/255",
+        "cifar10", _CIFAR, 8 / 255, (_fast_at(8 / 255, epochs=6, lr=1e-2, augment=training.crop_and_flip),),
+        "ResNet-8, 6 epochs of fast adversarial training, Linf 8/255",
     ),
 }  # fmt: skip
 

@@ -38,12 +38,25 @@ def chapter_rows(env):
     """(document, date, seconds, printed line) of every executed chapter, in the order of the book."""
     metadata = NbMetadataCollector.get_doc_data(env)
     order = list(env.toctree_includes.get(env.config.root_doc, [])) + sorted(metadata)
-    for name in sorted((name for name, data in metadata.items() if data.get("exec_data")), key=order.index):
+    for name in sorted(
+        (name for name, data in metadata.items() if data.get("exec_data")),
+        key=order.index,
+    ):
         run = metadata[name]["exec_data"]
-        date = datetime.fromtimestamp(run["mtime"], timezone.utc).strftime("%Y-%m-%d %H:%M")
+        date = datetime.fromtimestamp(run["mtime"], timezone.utc).strftime(
+            "%Y-%m-%d %H:%M"
+        )
         seconds = "" if run["runtime"] is None else f"{run['runtime']:.0f}"
-        where = (f"Python {platform.python_version()}", f"{platform.system()} {platform.machine()}")
-        yield name, date, seconds, " | ".join((*where, printed_by_setup_cell(env.get_doctree(name))))
+        where = (
+            f"Python {platform.python_version()}",
+            f"{platform.system()} {platform.machine()}",
+        )
+        yield (
+            name,
+            date,
+            seconds,
+            " | ".join((*where, printed_by_setup_cell(env.get_doctree(name)))),
+        )
 
 
 class FillChapterStatus(SphinxPostTransform):
@@ -54,12 +67,18 @@ class FillChapterStatus(SphinxPostTransform):
             place.replace_self(self.table())
 
     def table(self):
-        group = nodes.tgroup("", *(nodes.colspec(colwidth=1) for _ in HEADINGS), cols=len(HEADINGS))
-        head = nodes.row("", *(nodes.entry("", nodes.paragraph(text=text)) for text in HEADINGS))
+        group = nodes.tgroup(
+            "", *(nodes.colspec(colwidth=1) for _ in HEADINGS), cols=len(HEADINGS)
+        )
+        head = nodes.row(
+            "", *(nodes.entry("", nodes.paragraph(text=text)) for text in HEADINGS)
+        )
         body = nodes.tbody()
         for name, *cells in chapter_rows(self.env):
             address = self.app.builder.get_relative_uri(self.env.docname, name)
-            link = nodes.reference("", self.env.titles[name].astext(), refuri=address, internal=True)
+            link = nodes.reference(
+                "", self.env.titles[name].astext(), refuri=address, internal=True
+            )
             row = nodes.row("", nodes.entry("", nodes.paragraph("", "", link)))
             row.extend(nodes.entry("", nodes.paragraph(text=text)) for text in cells)
             body += row
@@ -69,7 +88,11 @@ class FillChapterStatus(SphinxPostTransform):
 
 def rebuild_status_pages(app, env):
     """The table's page is written anew in every build."""
-    return [name for name in env.found_docs if any(True for _ in env.get_doctree(name).findall(ChapterStatus))]
+    return [
+        name
+        for name in env.found_docs
+        if any(True for _ in env.get_doctree(name).findall(ChapterStatus))
+    ]
 
 
 def setup(app):

@@ -9,8 +9,15 @@ from sphinx.util.fileutil import copy_asset
 def copy_mathjax(app, exception):
     if exception is None and app.builder.format == "html":
         # The wheel's folder has dashes in its name: it can be found, and not imported.
-        wheel = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
-        static, fonts = Path(app.outdir) / "_static" / "mathjax", "output/chtml/fonts/woff-v2"
+        wheel = (
+            Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent
+            / "static"
+            / "mathjax"
+        )
+        static, fonts = (
+            Path(app.outdir) / "_static" / "mathjax",
+            "output/chtml/fonts/woff-v2",
+        )
         copy_asset(wheel / "tex-chtml.js", static)
         copy_asset(wheel / fonts, static / fonts)
 
