@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom
 from torch import nn
 
 from tmlcourse.attacks import cross_entropy, difference, fgsm, margin, pgd, robust_accuracy
@@ -280,7 +281,9 @@ def test_robust_accuracy_is_exact_on_a_linear_model():
     assert 0 < exact < (model(x).argmax(1) == y).double().mean()
     found = robust_accuracy(model, x, y, Linf(0.05), [fgsm], seed=0)
     assert found.accuracy == pytest.approx(exact, abs=1e-12) and float(found) == found.accuracy
-    assert found.low < exact < found.high and found.n == 400
+    assert found.low < exact < found.high and found.interval == (found.low, found.high) and found.n == 400
+    k = round(exact * 400)  # Clopper & Pearson: the ends at which k successes or more (fewer) have probability 2.5 %
+    assert binom.sf(k - 1, 400, found.low) == pytest.approx(0.025) == binom.cdf(k, 400, found.high)
 
 
 def test_robust_accuracy_is_the_worst_case_and_asks_only_about_survivors():

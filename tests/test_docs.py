@@ -24,7 +24,7 @@ def public():
                 yield pytest.param(item, id=f"{module.__name__}.{name}")
 
 
-@pytest.mark.parametrize("item", public())
+@pytest.mark.parametrize("item", list(public()))
 def test_public_names_say_what_they_do_and_their_example_runs(item):
     text = inspect.getdoc(item) or ""
     assert len(text.splitlines()[0] if text else "") > 20

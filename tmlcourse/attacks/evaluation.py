@@ -38,6 +38,11 @@ class RobustAccuracy:
     x_adv: Tensor
     broken_by: tuple[str, ...]
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """(low, high)."""
+        return self.low, self.high
+
     def __float__(self) -> float:
         return self.accuracy
 
