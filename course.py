@@ -140,9 +140,9 @@ def bench(arguments):
     wanted = re.compile("(" + "|".join(BENCH_PINS) + ")==")
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     python = environment(".venv-bench", "bench", "\n".join(line for line in lines if wanted.match(line)) + "\n")
-    status = run(python, "-m", "pytest", "tests/test_attack_peers.py", OMP_NUM_THREADS="1")
+    status = run(python, "-m", "pytest", "tests/test_attack_peers.py", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
     for command in [arguments] if arguments else [[file] for file in sorted((ROOT / "benchmarks").glob("*.py"))]:
-        status = run(python, *command) or status
+        status = run(python, *command, TQDM_DISABLE="1") or status
     return status
 
 
