@@ -64,7 +64,7 @@ def pgd(
         target: int64 labels (N,) that the attacker wants to see instead; untargeted without.
         schedule: multiplies alpha; a function of the fraction of steps already done, in [0, 1). Constant without.
         stop_early: let an image go as soon as it fools the model; cheaper when only success counts.
-        batch_size: images worked on at once; the default suits caches of a CPU (100) or a GPU (1,000).
+        batch_size: images worked on at once; the default suits the caches of a CPU (64) or a GPU (1,000).
         seed: makes the random starts reproducible; without it torch's own generator is used.
     Returns:
         Adversarial images, shape, dtype and device of x, inside the threat set and [0, 1].
@@ -82,7 +82,7 @@ def pgd(
     if target is not None:
         checks.labels(target, x, "target")
     attacker = objective(loss, target)
-    batch_size = (100 if x.device.type == "cpu" else 1000) if batch_size is None else batch_size
+    batch_size = (64 if x.device.type == "cpu" else 1000) if batch_size is None else batch_size
     checks.positive_int(batch_size, "batch_size")
     generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
     alphas = [alpha * (1.0 if schedule is None else schedule(t / steps)) for t in range(steps)]
