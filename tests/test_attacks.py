@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import nn
 
-from tmlcourse.attacks import cross_entropy, difference, fgsm, margin, pgd, robust_accuracy
+from tmlcourse.attacks import cross_entropy, difference, fgsm, gradient, margin, pgd, robust_accuracy
 from tmlcourse.threat import L0, L1, L2, Linf
 
 SETS = {"Linf": Linf(0.2), "L2": L2(0.7), "L1": L1(1.3), "L0": L0(3)}
@@ -205,6 +205,25 @@ class _Counts(nn.Module):
         if self.calls == self.fail_at:
             raise self.error
         return self.layer(x)
+
+
+@given(
+    channels=st.integers(1, 3), filters=st.integers(1, 5), size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), padding=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    dilation=st.sampled_from([1, 2]), bias=st.booleans(), seed=st.integers(0, 10**6),
+)  # fmt: skip
+def test_the_fast_convolution_has_the_gradient_of_the_library(
+    channels, filters, size, stride, padding, dilation, bias, seed
+):
+    torch.manual_seed(seed)
+    layer = nn.Conv2d(channels, filters, size, stride, padding, dilation, bias=bias).double()
+    net = nn.Sequential(layer, nn.Tanh())
+    x = torch.rand(2, channels, 9, 11, dtype=torch.float64, requires_grad=True)
+    fast = gradient._fast_layout(net, x)
+    torch.testing.assert_close(fast(x.detach()), net(x.detach()), rtol=1e-10, atol=1e-12)
+    (theirs,) = torch.autograd.grad(net(x).square().sum(), x)
+    (ours,) = torch.autograd.grad(fast(x).square().sum(), x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])

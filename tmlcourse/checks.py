@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 from torch import Tensor, nn
@@ -104,3 +105,8 @@ def choice(value, name: str, options) -> str:
     if value not in options:
         raise ValueError(f"{name}: got {value!r}, want one of {', '.join(map(repr, options))}")
     return value
+
+
+def switch(variable: str) -> bool:
+    """Whether an environment variable is set, to anything but "0"."""
+    return os.environ.get(variable, "0") not in ("", "0")

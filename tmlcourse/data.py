@@ -315,7 +315,7 @@ def _find(name: str, folders: list[Path]) -> Path | None:
 
 def _download(name: str, cache: Path, allowed: bool) -> Path:
     """Let torchvision download and verify into a temporary folder in the cache; move what is complete into place."""
-    if os.environ.get("TMLCOURSE_OFFLINE", "0") not in ("", "0"):
+    if checks.switch("TMLCOURSE_OFFLINE"):
         raise OSError("TMLCOURSE_OFFLINE is set")
     if not allowed:
         raise OSError("download=False")
@@ -326,7 +326,7 @@ def _download(name: str, cache: Path, allowed: bool) -> Path:
     # Old torchvision releases print every attempt; the progress bar is on stderr and stays.
     quiet = contextlib.ExitStack()
     quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
-    if os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):  # as for the course's own bars
+    if checks.switch("TQDM_DISABLE"):  # as for the course's own bars
         quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
     # torchvision sets no time limit: a firewall that drops packets would hold the reader for minutes.
     socket.setdefaulttimeout(10)

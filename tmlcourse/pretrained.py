@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from . import data, models, training
+from . import checks, data, models, training
 from .attacks import pgd, robust_accuracy
 from .threat import Linf
 
@@ -208,7 +208,7 @@ def _load_published(name: str, root) -> nn.Module:
         if path.is_file():
             return _read(entry.build(), path, entry.sha256)
     try:
-        if os.environ.get("TMLCOURSE_OFFLINE", "0") not in ("", "0"):
+        if checks.switch("TMLCOURSE_OFFLINE"):
             raise OSError("TMLCOURSE_OFFLINE is set")
         cached.parent.mkdir(parents=True, exist_ok=True)
         # Writes to a temporary file and moves it into place only when complete and right.
@@ -228,9 +228,13 @@ def _train(name: str, root, device) -> nn.Module:
     for stage in recipe.stages:
         training.fit(model, train, seed=0, **stage)
     # What is measured and cached is what is stored: the weights rounded to half precision.
-    state = {k: v.half().float() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    model.load_state_dict(state)
+    model.load_state_dict(_stored(model))
     return model
+
+
+def _stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state as it is kept on disk: floating-point tensors in half precision."""
+    return {k: v.detach().half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
 
 
 def _measure(name: str, model: nn.Module, root) -> dict:
@@ -249,7 +253,7 @@ def _write(name: str, model: nn.Module, folder: Path) -> str:
     """Store the weights and their checksum; each file appears complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
-    state = {k: v.detach().cpu().half() if v.is_floating_point() else v.cpu() for k, v in model.state_dict().items()}
+    state = {key: value.cpu() for key, value in _stored(model).items()}
     safetensors.torch.save_file(state, path.with_suffix(".part"))
     digest = hashlib.sha256(path.with_suffix(".part").read_bytes()).hexdigest()
     path.with_suffix(".part").chmod(0o644)  # safetensors writes for the owner alone

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from tqdm.auto import tqdm
+
+from . import checks
 
 
 def bar(iterable=None, **options) -> tqdm:
@@ -12,5 +12,4 @@ def bar(iterable=None, **options) -> tqdm:
 
     tqdm's own reading of that variable does not reach its notebook bars, whose text would stay on a static page.
     """
-    quiet = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
-    return tqdm(iterable, **{"delay": 2, "leave": False, "disable": quiet, **options})
+    return tqdm(iterable, **{"delay": 2, "leave": False, "disable": checks.switch("TQDM_DISABLE"), **options})
