@@ -404,3 +404,99 @@ def test_bad_input_is_named_and_leaves_no_figure_open(call, error, message):
 
 def test_examples_run():
     assert doctest.testmod(plot).failed == 0
+
+
+# ---- curves, signed pictures and histograms (chapter 2)
+
+
+def test_curves_show_each_line_and_a_logarithmic_axis_only_when_asked():
+    ax = plot.curves([0, 1, 2], {"a": [1, 2, 4], "b": [3, 3, 3]}, title="T", xlabel="x", ylabel="y", log=True).axes[0]
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[1, 2, 4], [3, 3, 3]]
+    assert ax.get_yscale() == "log" and ax.get_title("left") == "T"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    assert plot.curves([0, 1], {"a": [1, 2]}, title="T", xlabel="x", ylabel="y").axes[0].get_yscale() == "linear"
+
+
+def test_weights_share_one_scale_about_zero():
+    w = torch.linspace(-2, 1, 3 * 64).view(3, 1, 8, 8)
+    fig = plot.weights(w, titles=["a", "b", "c"], data_name="digits", limit=2.0)
+    images = [ax.images[0] for ax in fig.axes if ax.images]
+    assert [image.get_clim() for image in images] == [(-2, 2)] * 3
+    np.testing.assert_allclose(images[1].get_array(), w[1, 0])
+    assert plot.weights(torch.zeros(1, 4, 4)).axes[0].images[0].get_clim() == (-1, 1)
+
+
+def test_histograms_share_their_bins_and_count_every_value():
+    fig = plot.histograms({"a": [0.0, 1, 1], "b": [5.0], "c": []}, title="T", xlabel="x", bins=5)
+    assert [sum(bar.get_height() for bar in ax.patches) for ax in fig.axes] == [3, 1, 0]
+    assert len({tuple(round(bar.get_x(), 6) for bar in ax.patches) for ax in fig.axes}) == 1
+    assert [ax.get_title("left") for ax in fig.axes] == ["a (3)", "b (1)", "c (none)"]
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: plot.curves([0, 1], {"a": [1]}, title="", xlabel="", ylabel=""), ValueError, r"\['a'\]: want shape"),
+        (lambda: plot.curves([0, 1], [1, 2], title="", xlabel="", ylabel=""), TypeError, "values_by_label: got list"),
+        (lambda: plot.weights(torch.zeros(2, 3, 4, 4)), ValueError, "w: got shape"),
+        (lambda: plot.weights(torch.zeros(2, 4, 4), titles=["a"]), ValueError, "titles: got"),
+        (lambda: plot.histograms({"a": []}, title="", xlabel=""), ValueError, "no values at all"),
+        (lambda: plot.histograms([1.0], title="", xlabel=""), TypeError, "values_by_label: got list"),
+    ],
+)
+def test_bad_input_of_these_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+    assert plt.get_fignums() == []
+
+
+# ---- matrices and named points (chapter 4)
+
+
+def test_a_matrix_writes_each_number_in_its_cell():
+    table = pd.DataFrame([[100.0, 40], [35, 0]], index=["A", "B"], columns=["C", "D"])
+    ax = plot.matrix(table, title="T", xlabel="x", ylabel="y", data_name="digits").axes[0]
+    np.testing.assert_allclose(ax.images[0].get_array(), table)
+    assert [text.get_text() for text in ax.texts] == ["100", "40", "35", "0"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["A", "B"]
+    assert [text.get_color() for text in ax.texts][0] == "white" != ax.texts[3].get_color()
+
+
+def test_points_are_named_one_by_one():
+    ax = plot.points([1, 2], [3, 4], ["a", "b"], title="T", xlabel="x", ylabel="y").axes[0]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines] == [(1, 3), (2, 4)]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: plot.matrix(pd.DataFrame([[np.nan]]), title="", xlabel="", ylabel=""), ValueError, "table: got NaN"),
+        (
+            lambda: plot.matrix(pd.DataFrame([[1.0]]), title="", xlabel="", ylabel="", limits=(1, 0)),
+            ValueError,
+            "limits: got",
+        ),
+        (lambda: plot.points([1], [1, 2], ["a", "b"], title="", xlabel="", ylabel=""), ValueError, "labels: got 2"),
+    ],
+)
+def test_bad_matrices_and_points_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+    assert plt.get_fignums() == []
+
+
+def test_sanitation_fills_what_is_kept_and_draws_both_sets():
+    from tmlcourse.poisoning import sanitizer
+
+    y = torch.arange(60) % 2
+    x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)) + 3 * y[:, None]
+    defense = sanitizer(x, y)
+    ax = plot.sanitation(defense, x, y).axes[0]
+    filled = sum(len(line.get_xdata()) for line in ax.lines if str(line.get_label()).endswith("kept"))
+    hollow = sum(len(line.get_xdata()) for line in ax.lines if str(line.get_label()).endswith("thrown out"))
+    assert (filled, hollow) == (int(defense.keeps(x, y).sum()), int((~defense.keeps(x, y)).sum()))
+    circle = np.stack(ax.lines[2].get_data(), 1)
+    np.testing.assert_allclose(np.linalg.norm(circle - defense.centroids[0].numpy(), axis=1), float(defense.radii[0]))
+    with pytest.raises(ValueError, match=r"x: got shape \(60, 3\)"):
+        plot.sanitation(defense, torch.zeros(60, 3), y)

@@ -341,7 +341,8 @@ def robustness_curve(table, *, data_name: str = "", xlabel: str = r"$\varepsilon
 
 
 @_styled
-def loss_trace(traces, *, data_name: str = "", ylabel: str = "loss (cross-entropy)", ax: Axes | None = None) -> Figure:
+def loss_trace(traces, *, data_name: str = "", ylabel: str = "loss (cross-entropy)", title: str = "Loss",
+               ax: Axes | None = None) -> Figure:  # fmt: skip
     """Loss against step: the median of the runs, and each single run faint behind it.
 
     traces: dict label -> (steps,) or (runs, steps); the first value is step 0.
@@ -364,7 +365,7 @@ def loss_trace(traces, *, data_name: str = "", ylabel: str = "loss (cross-entrop
         ax.plot(steps, np.median(values, axis=0), label=label, markevery=(i % every, every), **_line(i))
     if any(len(values) > 1 for values in runs):
         ax.plot([], [], color="#888888", lw=0.9, ls="-", marker="", label="single runs")
-    ax.set(xlabel="step", ylabel=ylabel, title=_title("Loss", data_name))
+    ax.set(xlabel="step", ylabel=ylabel, title=_title(title, data_name))
     ax.xaxis.get_major_locator().set_params(integer=True)
     return _legend(ax, grow=own)
 
@@ -656,4 +657,195 @@ def bars_against_published(table, *, data_name: str = "", xlabel: str = "accurac
     ax.plot(table["published"], y - 0.14, ls="", marker="D", color=COLOURS[2], mfc="white", mew=2, label="published")
     ax.set_yticks(y, [textwrap.fill(str(row), 22) for row in table["row"]])
     ax.set(ylim=(len(table) - 0.5, -0.5), xlabel=xlabel, title=_title("Ours and published", data_name, 30))
+    return _legend(ax, grow=own)
+
+
+@_styled
+def curves(x, values_by_label, *, title: str, xlabel: str, ylabel: str, data_name: str = "", log: bool = False,
+           ax: Axes | None = None) -> Figure:  # fmt: skip
+    """Several quantities over one axis: a line for each label, on a logarithmic vertical axis with `log`.
+
+    x: (T,); values_by_label: dict label -> (T,). Raises ValueError for other lengths, NaN or infinite values.
+
+    Example:
+        >>> m = np.linspace(-2, 2, 41)
+        >>> fig = curves(m, {"hinge": np.maximum(0, 1 - m)}, title="A loss", xlabel="margin", ylabel="loss")
+    """
+    x = _array(x, "x", 1)
+    if not isinstance(values_by_label, dict):
+        raise TypeError(f"values_by_label: got {type(values_by_label).__name__}, want a dict label -> (T,)")
+    labels = _lines(values_by_label, "values_by_label")
+    lines = [_array(values, f"values_by_label[{label!r}]", 1) for label, values in values_by_label.items()]
+    if bad := [label for label, values in zip(labels, lines, strict=True) if values.shape != x.shape]:
+        raise ValueError(f"values_by_label[{bad[0]!r}]: want shape {x.shape}, one value for each of x")
+    own, ax = ax is None, _axes(ax)
+    every = max(1, len(x) // 8)
+    for i, (label, values) in enumerate(zip(labels, lines, strict=True)):
+        ax.plot(x, values, label=label, markevery=(i * every // max(1, len(lines)), every), **_line(i))
+    ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear", title=_title(title, data_name))
+    return _legend(ax, grow=own)
+
+
+@_styled
+def weights(w, *, titles=None, data_name: str = "", columns: int = 4, limit: float | None = None) -> Figure:
+    """Signed pictures (weights, gradients, templates) on one common scale, symmetric about 0: red positive, blue negative.
+
+    w: (N, H, W) or (N, 1, H, W), any finite numbers. titles: N short texts. limit: the value of full colour, by default the
+    99.5 % quantile of |w|. Raises ValueError for other shapes, values or another number of titles.
+
+    Example:
+        >>> fig = weights(torch.randn(2, 1, 8, 8), titles=["regular", "robust"], data_name="digits")
+    """
+    pictures = _array(w, "w", 3, 4)
+    if pictures.ndim == 4:
+        if pictures.shape[1] != 1:
+            raise ValueError(f"w: got shape {pictures.shape}, want (N, H, W) or (N, 1, H, W)")
+        pictures = pictures[:, 0]
+    n, columns = len(pictures), min(checks.positive_int(columns, "columns"), len(pictures))
+    titles = _texts(titles, "titles", n) if titles is not None else [""] * n
+    limit = float(np.quantile(np.abs(pictures), 0.995)) if limit is None else checks.nonnegative(limit, "limit")
+    limit = limit or 1.0
+    size, rows = _text_size(titles, columns), math.ceil(n / columns)
+    lines = max(text.count("\n") + 1 for text in titles) if any(titles) else 0
+    fig = _figure(0.35 * bool(data_name) + 0.6 + rows * (min(_WIDTH / columns, 2.2) + 0.02 + lines * size / 60))
+    fig.get_layout_engine().set(hspace=0.02, h_pad=0.03, w_pad=0.03)
+    axes = fig.subplots(rows, columns, squeeze=False).flat
+    for ax, picture, text in zip(axes, pictures, titles, strict=False):
+        _picture(ax, picture, text, size, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    for ax in axes[n:]:
+        ax.set_axis_off()
+    shown = axes[0].images[0]
+    bar = fig.colorbar(shown, ax=list(axes), location="bottom", shrink=0.7, aspect=30, extend="both", pad=0.02)
+    bar.ax.tick_params(labelsize=10, color="#666666", labelcolor=_INK)
+    bar.outline.set_visible(False)
+    bar.set_ticks([-limit, 0, limit], labels=[f"−{limit:.2g}", "0", f"{limit:.2g}"])
+    if data_name:
+        fig.suptitle(_title("", data_name), x=0.01, ha="left")
+    return fig
+
+
+@_styled
+def histograms(values_by_label, *, title: str, xlabel: str, data_name: str = "", bins: int = 40, mark: float | None = 0.0,
+               ylabel: str = "images") -> Figure:  # fmt: skip
+    """One histogram a label, stacked over one another on a common axis, each with how many values it has; a line at `mark`.
+
+    values_by_label: dict label -> (N,), at most 6; the numbers of values may differ, and an empty one is said to be empty.
+    Raises ValueError for NaN or infinite values, or nothing to show at all.
+
+    Example:
+        >>> fig = histograms({"a": np.random.randn(99), "b": np.random.randn(50)}, title="Logits", xlabel="f(x)")
+    """
+    if not isinstance(values_by_label, dict):
+        raise TypeError(f"values_by_label: got {type(values_by_label).__name__}, want a dict label -> (N,)")
+    labels = _lines(values_by_label, "values_by_label", most=6)
+    rows = [
+        np.array([]) if len(v) == 0 else _array(v, f"values_by_label[{k!r}]", 1) for k, v in values_by_label.items()
+    ]
+    everything = np.concatenate(rows)
+    if everything.size == 0:
+        raise ValueError("values_by_label: got no values at all, want at least one")
+    edges = np.histogram_bin_edges(
+        np.append(everything, [] if mark is None else mark), checks.positive_int(bins, "bins")
+    )
+    fig = _figure(1.0 + 0.95 * len(rows))
+    for i, (ax, label, values) in enumerate(
+        zip(fig.subplots(len(rows), 1, sharex=True, squeeze=False).flat, labels, rows, strict=True)
+    ):
+        _axes(ax, grid="y")
+        ax.hist(values, edges, color=COLOURS[i % 6], hatch=HATCHES[i], edgecolor="white", linewidth=0.4)
+        if mark is not None:
+            ax.axvline(mark, color=_INK, lw=1.2)
+        ax.set_title(f"{label} ({len(values) or 'none'})", fontsize=10.5, fontweight="normal", pad=3)
+        ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        ax.set_ylabel(ylabel)
+    ax.set_xlabel(xlabel)
+    fig.suptitle(_title(title, data_name), x=0.01, ha="left")
+    return fig
+
+
+@_styled
+def matrix(table, *, title: str, xlabel: str, ylabel: str, data_name: str = "", limits=(0.0, 100.0), form: str = "{:.0f}",
+           ax: Axes | None = None) -> Figure:  # fmt: skip
+    """A table of numbers as tinted cells, darker for larger, each with its number: rows down, columns across.
+
+    table: DataFrame of finite numbers; limits: values of the lightest and darkest tint; form: how numbers are written.
+    Raises ValueError for an empty table, NaN or infinite values, or limits that are not low < high.
+
+    Example:
+        >>> t = pd.DataFrame([[100, 40], [35, 100]], index=["A", "B"], columns=["A", "B"])
+        >>> fig = matrix(t, title="Transfer (%)", xlabel="attacked", ylabel="made on")
+    """
+    values = _array(table.to_numpy(), "table", 2)
+    if not limits[0] < limits[1]:
+        raise ValueError(f"limits: got {limits}, want (low, high) with low < high")
+    ax = _axes(ax, 1.6 + 0.42 * len(table), grid=None)
+    ax.imshow(values, cmap="Blues", vmin=limits[0], vmax=limits[1], aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        dark = (value - limits[0]) / (limits[1] - limits[0]) > 0.6
+        ax.text(j, i, form.format(value), ha="center", va="center", fontsize=10, color="white" if dark else _INK)
+    ax.set_xticks(range(values.shape[1]), [textwrap.fill(str(c), 8) for c in table.columns], fontsize=9.5)
+    ax.set_yticks(range(len(values)), [str(r) for r in table.index], fontsize=9.5)
+    ax.tick_params(length=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=_title(title, data_name))
+    return ax.figure
+
+
+@_styled
+def points(
+    x, y, labels, *, title: str, xlabel: str, ylabel: str, data_name: str = "", ax: Axes | None = None
+) -> Figure:
+    """One marked point for each label, named beneath the axes: two quantities of a few things against each other.
+
+    x, y: (n,) finite; labels: n different short texts, at most 12. Raises ValueError otherwise.
+
+    Example:
+        >>> fig = points([91, 97], [0.8, 0.4], ["linear", "MLP"], title="T", xlabel="accuracy (%)", ylabel="distance")
+    """
+    x, y, labels = _array(x, "x", 1), _array(y, "y", 1), _lines(labels, "labels")
+    if not len(x) == len(y) == len(labels):
+        raise ValueError(f"labels: got {len(labels)} labels for {len(x)} and {len(y)} values, want as many")
+    own, ax = ax is None, _axes(ax)
+    for i, label in enumerate(labels):
+        ax.plot(x[i : i + 1], y[i : i + 1], label=label, ms=10, **(_line(i) | {"linestyle": ""}))
+    ax.margins(0.12)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=_title(title, data_name))
+    return _legend(ax, grow=own)
+
+
+@_styled
+def sanitation(defense, x, y, *, data_name: str = "", ax: Axes | None = None) -> Figure:
+    """A sanitising defence in the plane: the sphere and the slab of each class, what is kept (filled) and what goes (hollow).
+
+    defense: `poisoning.sanitizer(x, y)`; x: (n, 2); y: (n,). Raises ValueError for data that are not two-dimensional.
+
+    Example:
+        >>> from tmlcourse.poisoning import sanitizer
+        >>> x, y = torch.randn(50, 2), torch.arange(50) % 2
+        >>> fig = sanitation(sanitizer(x + 3 * y[:, None], y), x + 3 * y[:, None], y)
+    """
+    points = _array(x, "x", 2)
+    if points.shape[1] != 2:
+        raise ValueError(f"x: got shape {points.shape}, want (n, 2)")
+    kept, labels = np.asarray(defense.keeps(x, y).cpu()), np.asarray(y.cpu())
+    own, ax = ax is None, _axes(ax, 3.6)
+    centres = defense.centroids.cpu().numpy()
+    around = np.stack([np.cos(t := np.linspace(0, 2 * np.pi, 181)), np.sin(t)], 1)
+    for i, label in enumerate(defense.labels):
+        colour, marker = COLOURS[2 * i], MARKERS[2 * i]
+        for passed, face, text in ((True, colour, "kept"), (False, "none", "thrown out")):
+            rows = points[(labels == label) & (kept == passed)]
+            ax.plot(*rows.T, ls="", marker=marker, ms=5, mec=colour, mfc=face, alpha=0.8, label=f"class {label}, {text}")
+        if defense.radii is not None:
+            ax.plot(*(centres[i] + float(defense.radii[i]) * around).T, color=colour, lw=2, marker="")
+        if defense.slabs is not None:
+            axis, half = defense.axis.cpu().numpy(), float(defense.slabs[i])
+            across = 20 * np.ptp(points) * np.array([-axis[1], axis[0]])
+            for sign in (-1, 1):
+                foot = centres[i] + sign * half * axis
+                ax.plot(*np.stack([foot - across, foot + across]).T, color=colour, lw=1.6, ls=DASHES[1], marker="")
+        ax.plot(*centres[i], ls="", marker="P", ms=11, color=colour, mec="white", mew=1.2)
+    low, high = points.min(0), points.max(0)
+    room = 0.12 * (high - low)
+    ax.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]), xlabel="$x_1$",
+           ylabel="$x_2$", aspect="equal", title=_title("Spheres (solid) and slabs (dashed)", data_name))  # fmt: skip
     return _legend(ax, grow=own)
