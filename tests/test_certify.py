@@ -18,6 +18,7 @@ from tmlcourse import data, models, pretrained
 from tmlcourse.attacks import pgd
 from tmlcourse.certify import bounds as bounds_module
 from tmlcourse.certify import linear_program, margins, neuron_bounds, verify
+from tmlcourse.certify.branch import branch
 from tmlcourse.certify.network import read
 from tmlcourse.threat import Linf
 
@@ -399,6 +400,24 @@ def test_verdicts_agree_with_the_exact_margin(kind, seed, eps, single):
         check_verdict(model, x[i], y[i], eps, verdict)
         if exact[i].abs() > 1e-3:
             assert verdict.status == ("robust" if exact[i] > 0 else "vulnerable")
+
+
+def test_branch_and_bound_proves_what_is_true_and_nothing_more():
+    """Asked to prove a little less than the exact margin it does; asked for a little more, it never claims that."""
+    proved = 0
+    for seed in range(6):
+        model, x = net("mlp", seed), images(1, seed)
+        y = model(x).argmax(1)
+        problem = next(linear_program.problems(read(model, x), x, y, 0.3, (0.0, 1.0)))
+        rival = (int(y) + 1) % 3
+        exact = margins(model, x, y, 0.3, method="mip")[0, rival].item()
+        for wanted in (exact - 0.02, exact + 0.02):
+            rounds = iter(range(60))
+            with torch.no_grad():
+                found = branch(problem, rival, wanted, lambda r=rounds: next(r, None) is None, lambda points: False)
+            assert found <= exact + 1e-5, (seed, found, exact)
+            proved += wanted < found
+    assert proved >= 3
 
 
 def test_an_image_that_the_linear_program_cannot_decide_and_the_exact_program_can():
