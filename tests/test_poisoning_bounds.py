@@ -318,6 +318,19 @@ def feasible(u, v, h, radius, width):
     return (np.linalg.norm(u, axis=1) <= radius).all() and (abs(u @ axis) <= width * np.linalg.norm(axis)).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_slab_bound_is_above_every_poison_found_and_close(seed):
+    x, y = two_clouds(n=200, d=8, apart=4.0, seed=seed)
+    rows, signs, _ = sets.examples(x, y)
+    problem = bounds._Problem(torch.cat([rows, torch.ones_like(rows[:, :1])], 1) * signs[:, None], signs, 1.0, "hinge")
+    defense = sanitizer(x, y, data_dependent=True)
+    theta = bounds._train(problem.rows, problem, torch.zeros(9, dtype=torch.float64)).theta
+    for eps in (0.05, 0.3):
+        setting = data_dependent._setting(problem, defense, eps, theta)
+        found = data_dependent._slab_worst(setting)[0]
+        assert found <= data_dependent._slab_bound(setting) <= 1.05 * found
+
+
 def test_a_moving_sphere_is_a_larger_fixed_one():
     """All poison in class y: the loss of a fixed sphere of radius (1 + eps n / n_y) r_y, and the attack reaches it."""
     x, y = two_clouds(n=400, d=4)

@@ -834,9 +834,11 @@ def sanitation(defense, x, y, *, data_name: str = "", ax: Axes | None = None) ->
         colour, marker = COLOURS[2 * i], MARKERS[2 * i]
         for passed, face, text in ((True, colour, "kept"), (False, "none", "thrown out")):
             rows = points[(labels == label) & (kept == passed)]
-            ax.plot(*rows.T, ls="", marker=marker, ms=5, mec=colour, mfc=face, alpha=0.8, label=f"class {label}, {text}")
+            ax.plot(
+                *rows.T, ls="", marker=marker, ms=4.5, mec=colour, mfc=face, alpha=0.8, label=f"class {label}, {text}"
+            )
         if defense.radii is not None:
-            ax.plot(*(centres[i] + float(defense.radii[i]) * around).T, color=colour, lw=2, marker="")
+            ax.plot(*(centres[i] + float(defense.radii[i]) * around).T, color=colour, lw=2, ls="-", marker="")
         if defense.slabs is not None:
             axis, half = defense.axis.cpu().numpy(), float(defense.slabs[i])
             across = 20 * np.ptp(points) * np.array([-axis[1], axis[0]])
