@@ -80,9 +80,8 @@ def deepfool(
             f, w = _boundaries(forward, best, active, point[active], candidates)
             here = point[active].flatten(1)
             k, r = _nearest_plane(here, f, w, norm)
-            if (
-                norm != "l1"
-            ):  # the formula, which does not know the box: shorter steps, more of them, and a nearer point
+            if norm != "l1":
+                # The formula, which does not know the box: on networks shorter steps, more of them, end nearer to x.
                 rows = torch.arange(len(k), device=k.device)
                 f, w = f[rows, k], w[rows, k]
                 along = w if norm == "l2" else w.sign()
@@ -469,9 +468,10 @@ def jsma(
 ) -> Tensor:
     """Jacobian saliency map: change the two entries that help the target most and the other classes least, again and again.
 
-    With a_i = dz_t / dx_i and b_i = d(sum_{j != t} z_j) / dx_i, the pair (p, q) maximises -(a_p + a_q)(b_p + b_q) among those
-    with a_p + a_q > 0 > b_p + b_q, for theta < 0 with the signs turned; both entries move by theta, and an entry that has
-    reached the box is used up. Pairs are formed from the 80 entries that lead in some mixture of a and -b.
+    With a_i = d_i dz_t / dx_i and b_i = d_i d(sum_{j != t} z_j) / dx_i, d_i the part of theta that entry i can move by before
+    it meets the box, the pair (p, q) maximises -(a_p + a_q)(b_p + b_q) among those with a_p + a_q > 0 > b_p + b_q. (The
+    paper has d_i = theta for every entry that is not used up.) Pairs are formed from the up to 80 entries that lead in some
+    mixture of a and -b.
 
     Args:
         theta: what is added to an entry at a time (in [-1, 1], not 0); 1 paints white, -1 black.
@@ -498,10 +498,8 @@ def jsma(
                 (a,) = torch.autograd.grad(z.gather(1, goal[active, None]).sum(), here, retain_graph=True)
                 (total,) = torch.autograd.grad(z.sum(), here)
             a, b, flat = a.flatten(1), (total - a).flatten(1), here.detach().flatten(1)
-            if theta < 0:
-                a, b = -a, -b
-            usable = (flat < 1) if theta > 0 else (flat > 0)
-            pair, gain = _best_pair(a, -b, usable)
+            change = (flat + theta).clamp(0, 1) - flat  # what the box leaves of theta
+            pair, gain = _best_pair(a * change, -b * change, change != 0)
             moved = flat.scatter_add(1, pair, torch.full_like(flat[:, :2], theta) * (gain > 0)[:, None]).clamp(0, 1)
             moved = moved.view_as(here)
             with torch.no_grad():

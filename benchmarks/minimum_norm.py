@@ -1,0 +1,185 @@
+"""Minimum-norm attacks side by side with the libraries a user would pick instead: success, mean distance, time.
+
+    python3 course.py bench benchmarks/minimum_norm.py [--images 64] [--rounds 3] [--threads 1] [--only deepfool cw]
+
+All contestants of a group attack the same images of the same network in turn, round after round, with the same budget; the
+distance is averaged over the images that every contestant of the group broke. Times: the median, and the median of each
+round's ratio to ours.
+"""
+
+import argparse
+import importlib.util
+import platform
+import statistics
+import time
+import warnings
+
+import pandas as pd
+import torch
+
+from tmlcourse import data, pretrained
+from tmlcourse.attacks import minimum_norm as ours
+from tmlcourse.threat import L0, L1, L2, Linf
+
+
+def _foolbox(attack, model, x, y):
+    import foolbox as fb
+
+    return attack(fb.PyTorchModel(model, bounds=(0, 1)), x, fb.criteria.Misclassification(y), epsilons=None)[0]
+
+
+def foolbox_deepfool_l2(model, x, y):
+    import foolbox as fb
+
+    return _foolbox(fb.attacks.L2DeepFoolAttack(steps=50, overshoot=0.02), model, x, y)
+
+
+def foolbox_deepfool_linf(model, x, y):
+    import foolbox as fb
+
+    return _foolbox(fb.attacks.LinfDeepFoolAttack(steps=50, overshoot=0.02), model, x, y)
+
+
+def torchattacks_deepfool_l2(model, x, y):
+    import torchattacks
+
+    return torchattacks.DeepFool(model, steps=50, overshoot=0.02)(x, y)
+
+
+def _art(model):
+    from art.estimators.classification import PyTorchClassifier
+
+    return PyTorchClassifier(
+        model, loss=torch.nn.CrossEntropyLoss(), input_shape=(1, 28, 28), nb_classes=10, clip_values=(0, 1),
+        device_type="cpu" if next(model.parameters()).device.type == "cpu" else "gpu",
+    )  # fmt: skip
+
+
+def art_deepfool_l2(model, x, y):
+    from art.attacks.evasion import DeepFool
+
+    attack = DeepFool(_art(model), max_iter=50, epsilon=0.02, nb_grads=10, batch_size=64, verbose=False)
+    return torch.from_numpy(attack.generate(x.cpu().numpy())).to(x.device)
+
+
+def foolbox_cw_l2(model, x, y):
+    import foolbox as fb
+
+    attack = fb.attacks.L2CarliniWagnerAttack(binary_search_steps=5, steps=50, stepsize=0.1, initial_const=1.0)
+    return _foolbox(attack, model, x, y)
+
+
+def torchattacks_cw_l2(model, x, y):
+    """It has no search for c; all of the 250 steps go into one run."""
+    import torchattacks
+
+    return torchattacks.CW(model, c=1, kappa=0, steps=250, lr=0.1)(x, y)
+
+
+def art_cw_l2(model, x, y):
+    from art.attacks.evasion import CarliniL2Method
+
+    attack = CarliniL2Method(
+        _art(model),
+        binary_search_steps=5,
+        max_iter=50,
+        learning_rate=0.1,
+        initial_const=1.0,
+        batch_size=64,
+        verbose=False,
+    )
+    return torch.from_numpy(attack.generate(x.cpu().numpy(), y.cpu().numpy())).to(x.device)
+
+
+def foolbox_ead(model, x, y):
+    """Its threshold is not scaled by the step: .03 at step .03 is beta = 1 of ours."""
+    import foolbox as fb
+
+    attack = fb.attacks.EADAttack(
+        binary_search_steps=5,
+        steps=50,
+        initial_stepsize=0.03,
+        initial_const=1.0,
+        regularization=0.03,
+        decision_rule="L1",
+    )
+    return _foolbox(attack, model, x, y)
+
+
+def torchattacks_fab(model, x, y):
+    import torchattacks
+
+    return torchattacks.FAB(model, norm="Linf", eps=1.0, steps=20, n_restarts=1, n_classes=10)(x, y)
+
+
+def torchattacks_jsma(model, x, y):
+    """Towards the label after the true one, its default; ours is given the same targets."""
+    import torchattacks
+
+    return torchattacks.JSMA(model, theta=1.0, gamma=0.25)(x, y)
+
+
+GROUPS = {
+    "deepfool": (L2(0.0), lambda m, x, y: ours.deepfool(m, x, y),
+                 foolbox_deepfool_l2, torchattacks_deepfool_l2, art_deepfool_l2),
+    "deepfool_linf": (Linf(0.0), lambda m, x, y: ours.deepfool(m, x, y, norm="linf"), foolbox_deepfool_linf),
+    "cw": (L2(0.0), lambda m, x, y: ours.carlini_wagner(m, x, y), foolbox_cw_l2, torchattacks_cw_l2, art_cw_l2),
+    "ead": (L1(0.0), lambda m, x, y: ours.elastic_net(m, x, y), foolbox_ead),
+    "fab": (Linf(0.0), lambda m, x, y: ours.fab(m, x, y, steps=20), torchattacks_fab),
+    "jsma": (L0(0), lambda m, x, y: ours.jsma(m, x, y, target=(y + 1) % 10), torchattacks_jsma),
+}  # fmt: skip
+
+
+def contest(name, model, x, y, rounds):
+    """A table of one group: success, mean distance on what all broke, seconds, time / ours."""
+    ball, mine, *peers = GROUPS[name]
+    there = [p for p in peers if importlib.util.find_spec(p.__name__.split("_")[0])]
+    contestants = {"tmlcourse": mine, **{p.__name__: p for p in there}}
+    seconds, broken, distance = {k: [] for k in contestants}, {}, {}
+    for _ in range(rounds):
+        for key, attack in contestants.items():
+            began = time.perf_counter()
+            x_adv = attack(model, x.clone(), y).detach()
+            if x.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[key].append(time.perf_counter() - began)
+            with torch.no_grad():
+                goal = model(x_adv).argmax(1)
+            broken[key] = goal == (y + 1) % 10 if name == "jsma" else goal != y
+            distance[key] = ball.norm(x_adv - x)
+    common = torch.stack(list(broken.values())).all(0)
+    return pd.DataFrame(
+        {
+            "success": {k: v.float().mean().item() for k, v in broken.items()},
+            "mean distance": {k: v[common].mean().item() for k, v in distance.items()},
+            "seconds": {k: statistics.median(v) for k, v in seconds.items()},
+            "time / ours": {
+                k: statistics.median(a / b for a, b in zip(v, seconds["tmlcourse"], strict=True))
+                for k, v in seconds.items()
+            },
+        }
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", default=list(GROUPS), choices=list(GROUPS))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    test = data.load("mnist", n=options.images + 20, fallback="digits").to(device)
+    model = pretrained.load(f"{test.name}-standard", device=device)
+    with torch.no_grad():
+        right = (model(test.x).argmax(1) == test.y).nonzero().squeeze(1)[: options.images]
+    print(f"{platform.processor() or platform.machine()}, {device}, {options.threads} threads, torch {torch.__version__}; "
+          f"{len(right)} images of {test.name} that the standard network gets right, {options.rounds} rounds")  # fmt: skip
+    for name in options.only:
+        print(f"\n{name}\n{contest(name, model, test.x[right], test.y[right], options.rounds).round(3)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
