@@ -137,3 +137,11 @@ def test_bad_arguments_are_named(change, error, message):
     call = {"model": model, "x": x, "guide": x.flip(0), "threat": Linf(0.1), "layer": 2} | change
     with pytest.raises(error, match=message):
         feature_adversary(call.pop("model"), call.pop("x"), call.pop("guide"), call.pop("threat"), **call)
+
+
+def test_more_steps_never_end_farther_away():
+    """The walk may rise for a while; what comes back is its best point, and a longer walk begins with the shorter one."""
+    model, x, guide = linear_layer(30, 20, seed=1)
+    phi = features(model, 2)
+    left = [apart(phi, feature_adversary(model, x, guide, Linf(0.3), layer=2, steps=k), guide) for k in range(1, 25)]
+    assert all((b <= a).all() for a, b in zip(left, left[1:], strict=False))

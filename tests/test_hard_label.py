@@ -138,6 +138,18 @@ def test_labels_are_all_it_takes_and_more_queries_never_find_a_farther_image(att
     assert (model(rays.nearest).argmax(1) != y).all()
 
 
+def test_of_several_points_asked_at_once_the_nearest_adversarial_one_of_each_image_is_kept():
+    model, x, y, _ = linear_problem(5, n=2)
+    rays, index = rays_of(model, x, y), torch.tensor([0, 1, 0, 1, 0])
+    w = (model.weight[1] - model.weight[0]).detach()
+    towards = _unit(-(model(x)[:, 1] - model(x)[:, 0]).detach().sign()[:, None] * w)[index]
+    reach = torch.tensor([900.0, 700.0, 500.0, 800.0, 0.0]).double()
+    assert rays.adversarial(index, towards, reach).tolist() == [True, True, True, True, False]
+    torch.testing.assert_close(rays.distance, torch.tensor([500.0, 700.0]).double())
+    rays.adversarial(index[:2], towards[:2], torch.tensor([400.0, 750.0]).double())
+    torch.testing.assert_close((rays.nearest - x).norm(dim=1), torch.tensor([400.0, 700.0]).double())
+
+
 @given(
     seed=st.integers(0, 10**6),
     attack=st.sampled_from(ATTACKS),

@@ -1,4 +1,4 @@
-"""Physical attacks: nothing outside the mask changes, the gradient is that of the expectation, and penalties do their work."""
+"""Physical attacks: nothing outside the mask changes, the gradient is the expectation's, and penalties do their work."""
 
 import pytest
 import torch

@@ -56,8 +56,8 @@ def test_grid_search_is_the_brute_force_maximum(batch_size):
     torch.testing.assert_close(cross_entropy(model(found), y).detach(), worst, atol=1e-9, rtol=0)
 
 
-@given(seed=st.integers(0, 10**6), grid=st.sampled_from([(1, 1, 1), (2, 2, 2), (3, 1, 2)]), tries=st.sampled_from([None, 1, 4]),
-       targeted=st.booleans(), stop_early=st.booleans())  # fmt: skip
+@given(seed=st.integers(0, 10**6), grid=st.sampled_from([(1, 1, 1), (2, 2, 2), (3, 1, 2)]),
+       tries=st.sampled_from([None, 1, 4]), targeted=st.booleans(), stop_early=st.booleans())  # fmt: skip
 def test_never_worse_than_the_start(seed, grid, tries, targeted, stop_early):
     model, x, y = net(seed, (1, 6, 8))
     target = (y + 1) % 4 if targeted else None

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tmlcourse import data, pretrained
+from tmlcourse.attacks import cross_entropy
 from tmlcourse.attacks.universal import data_free, fooling_rate, universal
 from tmlcourse.threat import L0, L1, L2, Linf
 
@@ -50,7 +51,8 @@ def test_deepfool_steps_stop_at_the_boundary_of_the_furthest_image():
 
 
 @given(seed=st.integers(0, 10**5), threat=st.sampled_from([Linf(0.0), Linf(0.2), L2(0.8), L1(3.0)]),
-       method=st.sampled_from(["gradient", "deepfool"]), target=st.sampled_from([None, 1]), shape=st.sampled_from([(1, 6, 7), (3, 5, 4)]))  # fmt: skip
+       method=st.sampled_from(["gradient", "deepfool"]), target=st.sampled_from([None, 1]),
+       shape=st.sampled_from([(1, 6, 7), (3, 5, 4)]))  # fmt: skip
 def test_v_stays_in_its_ball_and_fools_no_fewer_than_nothing_does(seed, threat, method, target, shape):
     model, x, y = net(seed, shape)
     y[0] = (y[0] + 1) % 3 if target is None else 0
@@ -61,6 +63,13 @@ def test_v_stays_in_its_ball_and_fools_no_fewer_than_nothing_does(seed, threat, 
         assert not v.any()
     rate = [fooling_rate(model, x, u, y=y, target=target) for u in (torch.zeros_like(v), v)]
     assert rate[1] >= rate[0]
+
+
+def test_passes_that_make_it_worse_are_not_returned():
+    model, x, y = net(5)
+    y = (y + 1) % 3
+    v = universal(model, x, y, Linf(0.3), loss=lambda z, y: -cross_entropy(z, y), passes=4, seed=0)
+    assert fooling_rate(model, x, v, y=y) == 1 and not v.any()
 
 
 def test_fooling_rate_by_hand():
@@ -110,7 +119,8 @@ class _Fails(nn.Module):
 
 @pytest.mark.parametrize("options, message", [
     (dict(method="best"), "method"), (dict(threat=L0(3)), "threat"), (dict(passes=0), "passes"), (dict(rate=0.0), "rate"),
-    (dict(batch_size=0), "batch_size"), (dict(target=7), "target"), (dict(target=-1), "target"), (dict(y=1, target=1), "target"),
+    (dict(batch_size=0), "batch_size"), (dict(target=7), "target"), (dict(target=-1), "target"),
+    (dict(y=1, target=1), "target"),
 ])  # fmt: skip
 def test_bad_input_is_named(options, message):
     model, x, y = net(4)

@@ -10,7 +10,7 @@ from torch import nn
 
 from tmlcourse import data, pretrained
 from tmlcourse.attacks import cross_entropy
-from tmlcourse.attacks.wasserstein import project_wasserstein, wasserstein, wasserstein_distance
+from tmlcourse.attacks.wasserstein import _columns, project_wasserstein, wasserstein, wasserstein_distance
 
 
 def images(seed, n=3, shape=(1, 5, 6), dtype=torch.float64):
@@ -88,6 +88,21 @@ def test_a_point_of_the_ball_hardly_moves_and_a_wide_ball_gives_the_nearest_imag
         more = ((w.clamp(-0.5, 1.5) + t).clamp(0, 1) - x).sum((1, 2, 3), keepdim=True) < 0
         low, high = torch.where(more, t, low), torch.where(more, high, t)
     torch.testing.assert_close(wide, (w.clamp(-0.5, 1.5) + t).clamp(0, 1), atol=0.1, rtol=0)
+
+
+def test_the_columns_solve_their_equation():
+    g = torch.Generator().manual_seed(0)
+    s = 10 ** (8 * torch.rand(500, generator=g, dtype=torch.float64) - 6)
+    w = 2 * torch.rand(500, generator=g, dtype=torch.float64) - 0.5
+    for lam in (3.0, 60.0):
+        b = _columns(s, w, lam)
+        torch.testing.assert_close(b * s, (w - b.log() / lam).clamp_max(1), atol=1e-4, rtol=0)
+
+
+def test_full_pixels_do_not_keep_the_others_from_moving():
+    x, w = images(7, 20)
+    z = project_wasserstein(w, x, 0.5, iterations=1)
+    assert ((z - x).abs().amax((1, 2, 3)) > 0.05).all() and z.max() <= 1
 
 
 def linear(seed, shape=(1, 5, 6), classes=3):

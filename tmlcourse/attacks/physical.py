@@ -240,7 +240,7 @@ def sticker(
     """Robust physical perturbation: min over delta of lam ||M delta||_p + (1/k) sum_i J(h(T_i(x_i + M delta)), y*).
 
     The x_i are pictures of one object (or of many, for a pair of glasses that fits all), M the mask of the printable area,
-    T_i random views of object and sticker together. Each step draws other pictures and views, moves along the averaged gradient
+    T_i random views of object and sticker together. Each step draws other pictures and views, moves along the mean gradient
     (by Adam), and keeps the sticker between black and white; the best on a fixed set of views is returned.
 
     Args:
@@ -274,9 +274,12 @@ def sticker(
     def put_on(delta, x, generator):
         return views.see(Sticker(delta, mask).apply(x), generator=generator)
 
+    def cut(delta):
+        return delta.clamp(-1, 1) * mask
+
     delta = _expected_ascent(
-        forward, x, y, goal, loss, start, put_on, penalty, lambda d: d.clamp(-1, 1) * mask, steps, alpha, batch_size, seed, "sticker"
-    )  # fmt: skip
+        forward, x, y, goal, loss, start, put_on, penalty, cut, steps, alpha, batch_size, seed, "sticker"
+    )
     return Sticker(delta, mask)
 
 

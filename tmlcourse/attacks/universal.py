@@ -52,9 +52,7 @@ def universal(
         passes: times over the images (>= 1).
         alpha: first step size in the set's units (> 0), for "gradient"; it falls linearly to zero. Default: eps / 4,
             or 4 eps / steps where that is more.
-        loss: as for `pgd`; by default z_t - z_y, averaged over the images and cut off at 5 so that images already fooled
-            leave the work to the others, with t the class for which that average is largest: a common goal, where the
-            margin would let every image pull towards its own nearest class. With a target, the margin cut off at 5.
+        loss: as for `pgd`; by default the margin, cut off at 5 so that images already fooled leave the work to the others.
         rate: stop once this share of the images is fooled, in (0, 1]; the paper's 1 - delta.
         batch_size: images a step, for "gradient".
         seed: makes the order of the images reproducible; without it torch's own generator is used.
@@ -83,7 +81,7 @@ def universal(
         x, y = x[y != target], y[y != target]
         goal = torch.full_like(y, target)
     if loss is None:
-        attacker = _together if goal is None else lambda z, y, t: (-margin(z, t)).clamp_max(_ENOUGH)
+        attacker = lambda z, y, t: (margin(z, y) if t is None else -margin(z, t)).clamp_max(5)  # noqa: E731
     else:
         attacker = objective(loss, goal)
     generator = torch.Generator(x.device)
@@ -198,17 +196,6 @@ def data_free(
         for hook in hooks:
             hook.remove()
     return v[value.argmax()]
-
-
-_ENOUGH = 5.0  # a lead in logits beyond which an image counts as done
-
-
-def _together(z: Tensor, y: Tensor, goal: None) -> Tensor:
-    """min(z_t - z_y, 5) for the one class t towards which the images lean most."""
-    lead = (z - z.gather(1, y[:, None])).clamp_max(_ENOUGH)
-    others = (len(y) - torch.bincount(y, minlength=z.shape[1])).to(z.dtype)  # images that are not of that class already
-    mean = torch.where(others > 0, lead.detach().sum(0) / others.clamp_min(1), -torch.inf)
-    return lead[:, mean.argmax()]
 
 
 def _gradient(forward, x, y, goal, v, box, attacker):

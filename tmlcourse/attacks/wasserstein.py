@@ -103,12 +103,12 @@ def project_wasserstein(
 ) -> Tensor:
     """The image z nearest to w in the Wasserstein ball around x, by the projected Sinkhorn iteration.
 
-    min over z, Pi of (lam / 2) ||w - z||^2 + sum Pi log Pi  with  Pi 1 = x,  Pi^T 1 = z <= 1,  <|Pi - Pi^T|, C> / 2 <= eps sum(x).
+    min over z, Pi of (lam / 2) ||w - z||^2 + sum Pi log Pi  with  Pi 1 = x,  Pi^T 1 = z <= 1,  cost <= eps sum(x).
     The multipliers of the three constraints are found in turn: a scaling of the rows, a scaling of the columns (by
-    Lambert's function), and psi, the price of moving (by Newton's method). What the iteration leaves inexact is repaired:
-    rows are scaled to sum to x, flows in both directions between two
-    pixels are cancelled (the budget counts what is left), ink that a full pixel cannot take stays where it was, and the plan is mixed with the one
-    that moves nothing until its cost is at most the budget.
+    Lambert's function), and psi, the price of moving (by Newton's method). The cost counts what moves after flows in both
+    directions between two pixels are cancelled, <|Pi - Pi^T|, C> / 2. What the iteration leaves inexact is repaired: rows
+    are scaled to sum to x, ink that a full pixel cannot take stays where it was, and the plan is mixed with the one that
+    moves nothing until its cost is at most the budget.
 
     Args:
         w: any images (N, C, H, W).

@@ -1,0 +1,142 @@
+"""Universal, patch, spatial and Wasserstein attacks, side by side with those of ART.
+
+    python3 course.py bench benchmarks/physical.py [--images 60] [--threads 1]
+
+Equal images, network, budget and number of steps. A success counts when the plain model is wrong on an image that it had
+right. For Wasserstein the exact distance of the results is computed too, by linear programming on the first images.
+"""
+
+import argparse
+import time
+import warnings
+
+import numpy as np
+import pandas as pd
+import torch
+
+from tmlcourse import data, pretrained
+from tmlcourse.attacks.physical import Patch, Views, patch
+from tmlcourse.attacks.spatial import spatial
+from tmlcourse.attacks.universal import fooling_rate, universal
+from tmlcourse.attacks.wasserstein import wasserstein, wasserstein_distance
+from tmlcourse.threat import Linf
+
+
+def classifier(model, x):
+    from art.estimators.classification import PyTorchClassifier
+
+    return PyTorchClassifier(model, loss=torch.nn.CrossEntropyLoss(), input_shape=tuple(x.shape[1:]), nb_classes=10,
+                             clip_values=(0, 1), device_type="cpu")  # fmt: skip
+
+
+@torch.no_grad()
+def fooled(model, x, y):
+    return (model(x).argmax(1) != y).float().mean().item()
+
+
+def universal_rows(model, art, x, y):
+    from art.attacks.evasion import UniversalPerturbation
+
+    attack = UniversalPerturbation(art, attacker="deepfool", attacker_params={"max_iter": 10, "verbose": False},
+                                   eps=0.3, norm=np.inf, max_iter=2, delta=0.05, verbose=False)  # fmt: skip
+
+    def theirs():
+        attack.generate(x.numpy(), y.numpy())
+        return torch.from_numpy(np.asarray(attack.noise, dtype=np.float32)).reshape(x.shape[1:])
+
+    rate = lambda v: fooling_rate(model, x, v, y=y)  # noqa: E731
+
+    def ours(**options):
+        return lambda: universal(model, x, y, Linf(0.3), seed=0, **options)
+
+    yield "universal, Linf 0.3", "ours, gradient", ours(), rate
+    yield "universal, Linf 0.3", "ours, DeepFool", ours(method="deepfool", passes=2), rate
+    yield "universal, Linf 0.3", "ART", theirs, rate
+
+
+def patch_rows(model, art, x, y):
+    from art.attacks.evasion import AdversarialPatchPyTorch
+
+    def theirs():
+        attack = AdversarialPatchPyTorch(art, rotation_max=20, scale_min=13 / 28, scale_max=0.465, patch_type="square",
+                                         learning_rate=0.1, max_iter=3, batch_size=64, patch_shape=(1, 28, 28),
+                                         optimizer="Adam", targeted=True, verbose=False)  # fmt: skip
+        pattern, _ = attack.generate(x.repeat(10, 1, 1, 1).numpy(), np.full(10 * len(x), 8))
+        pattern = torch.from_numpy(np.asarray(pattern, dtype=np.float32)).reshape(1, 28, 28)
+        return Patch(pattern, torch.ones(1, 28, 28), Views(20, (13 / 28, 13 / 28), 7.5))
+
+    def hit(found):  # in the same poses, whoever made it
+        many, labels = x.repeat(20, 1, 1, 1), y.repeat(20)
+        return (model(found.apply(many, seed=1)).argmax(1) == 8)[labels != 8].float().mean().item()
+
+    def ours():
+        return patch(model, x, y, target=8, size=13, scale=(1, 1), steps=3 * -(-10 * len(x) // 64), seed=0)
+
+    yield "patch 13 x 13, target 8", "ours", ours, hit
+    yield "patch 13 x 13, target 8", "ART", theirs, hit
+
+
+def spatial_rows(model, art, x, y):
+    from art.attacks.evasion import SpatialTransformation
+
+    def theirs():
+        attack = SpatialTransformation(art, max_translation=100 * 3 / 28, num_translations=3, max_rotation=30,
+                                       num_rotations=7, verbose=False)  # fmt: skip
+        return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+    score = lambda x_adv: fooled(model, x_adv, y)  # noqa: E731
+    yield "spatial, 7 x 3 x 3", "ours", lambda: spatial(model, x, y, grid=(7, 3, 3), stop_early=True), score
+    yield "spatial, 7 x 3 x 3", "ART", theirs, score
+
+
+def wasserstein_rows(model, art, x, y):
+    from art.attacks.evasion import Wasserstein
+
+    x, y = x[:10], y[:10]
+
+    def theirs():
+        attack = Wasserstein(art, eps=0.3, eps_step=0.1, eps_iter=100, norm="inf", ball="wasserstein", max_iter=20,
+                             regularization=1000, p=1, kernel_size=5, conjugate_sinkhorn_max_iter=50,
+                             projected_sinkhorn_max_iter=50, batch_size=10, verbose=False)  # fmt: skip
+        return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+    def score(z):
+        scaled = z * (x.sum((1, 2, 3)) / z.sum((1, 2, 3)).clamp_min(1e-9)).view(-1, 1, 1, 1)
+        far = wasserstein_distance(x[:3], scaled[:3].clamp(0, None)).amax().item()
+        lost = (1 - z.sum((1, 2, 3)) / x.sum((1, 2, 3))).abs().amax().item()
+        print(f"    exact distance at most {far:.3f} on 3 images, mass changed by at most {lost:.2%}")
+        return fooled(model, z, y)
+
+    yield "Wasserstein 0.3 (10 images)", "ours", lambda: wasserstein(model, x, y, 0.3, steps=20, stop_early=True), score
+    yield "Wasserstein 0.3 (10 images)", "ART", theirs, score
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    test = data.load("mnist", n=options.images, fallback="digits")[: options.images]
+    model = pretrained.load(f"{test.name}-standard")
+    art, rows = classifier(model, test.x), []
+    for group in (spatial_rows, patch_rows, universal_rows, wasserstein_rows):
+        for task, who, attack, score in group(model, art, test.x, test.y):
+            began = time.process_time()
+            try:
+                answer = attack()
+            except Exception as problem:  # a peer that fails on an input is a row of the table, not its end
+                rows.append({"task": task, "who": who, "success": float("nan"), "CPU seconds": float("nan")})
+                print(f"    {who}: {type(problem).__name__}: {problem}")
+                continue
+            seconds = time.process_time() - began
+            model.eval()
+            rows.append({"task": task, "who": who, "success": score(answer), "CPU seconds": seconds})
+            print(f"  {task}, {who}: {rows[-1]['success']:.3f} in {seconds:.1f} s", flush=True)
+    print(f"\n{len(test)} images of {test.name}, {options.threads} threads, torch {torch.__version__}")
+    print(pd.DataFrame(rows).round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
