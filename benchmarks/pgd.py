@@ -14,6 +14,7 @@ import statistics
 import time
 import warnings
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -26,17 +27,18 @@ EPS, ALPHA, STEPS, BATCH = 0.3, 0.01, 40, 250
 
 
 def in_batches(attack):
-    """The attack on batches of 250, as its users call it."""
+    """The attack on batches of 250, as its users call it; from random starts, or with seed=None from the images."""
 
     @functools.wraps(attack)
-    def run(model, x, y):
-        return torch.cat([attack(model, a, b) for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True)])
+    def run(model, x, y, seed=0):
+        torch.manual_seed(seed or 0)
+        return torch.cat([attack(model, a, b, seed) for a, b in zip(x.split(BATCH), y.split(BATCH), strict=True)])
 
     return run
 
 
 @in_batches
-def floor(model, x, y):
+def floor(model, x, y, _):
     x_adv = x
     for _ in range(STEPS):
         x_adv = x_adv.detach().requires_grad_()
@@ -45,26 +47,28 @@ def floor(model, x, y):
     return x_adv
 
 
-def ours(model, x, y):
-    return pgd(model, x, y, Linf(EPS), steps=STEPS, alpha=ALPHA, seed=0)
+def ours(model, x, y, seed=0):
+    return pgd(model, x, y, Linf(EPS), steps=STEPS, alpha=ALPHA, random_start=seed is not None, seed=seed)
 
 
 @in_batches
-def torchattacks(model, x, y):
+def torchattacks(model, x, y, seed):
     import torchattacks as library
 
-    return library.PGD(model, eps=EPS, alpha=ALPHA, steps=STEPS)(x, y)
+    return library.PGD(model, eps=EPS, alpha=ALPHA, steps=STEPS, random_start=seed is not None)(x, y)
 
 
 @in_batches
-def foolbox(model, x, y):
+def foolbox(model, x, y, seed):
     import foolbox as fb
 
-    attack = fb.attacks.LinfProjectedGradientDescentAttack(abs_stepsize=ALPHA, steps=STEPS)
+    start = seed is not None
+    attack = fb.attacks.LinfProjectedGradientDescentAttack(abs_stepsize=ALPHA, steps=STEPS, random_start=start)
     return attack(fb.PyTorchModel(model, bounds=(0, 1)), x, y, epsilons=EPS)[1]
 
 
-def art(model, x, y):
+def art(model, x, y, seed=0):
+    np.random.seed(seed or 0)
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
@@ -78,7 +82,7 @@ def art(model, x, y):
         eps=EPS,
         eps_step=ALPHA,
         max_iter=STEPS,
-        num_random_init=1,
+        num_random_init=int(seed is not None),
         batch_size=BATCH,
         verbose=False,
     )

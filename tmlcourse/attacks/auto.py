@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import checks, progress
 from ..threat import L0, L1
-from .gradient import _fast_layout
+from .layout import fast_layout
 from .losses import fools, objective
 
 MOMENTUM, RISING = 0.75, 0.75  # alpha, and the share of steps (rho) that must climb for the step size to stay
@@ -179,7 +179,7 @@ class _Run:
         )
         self.batch_size = batch_size or (64 if x.device.type == "cpu" else 1000)
         self.generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
-        self.model = _fast_layout(model, self.x)
+        self.model = fast_layout(model, self.x)
         with torch.no_grad():
             parts = zip(self.x.split(self.batch_size), y.split(self.batch_size), strict=True)
             self.logits = torch.cat([checks.logits(self.model(a), b) for a, b in parts])

@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .. import checks, progress
+from .layout import fast_layout
 from .losses import margin, objective
 
 
@@ -89,7 +89,7 @@ def pgd(
     alphas = [alpha * (1.0 if schedule is None else schedule(t / steps)) for t in range(steps)]
 
     x = x.detach()
-    forward = _fast_layout(model, x)
+    forward = fast_layout(model, x)
     best = _Best(x, y, target, attacker)
     for chunk in torch.arange(len(x), device=x.device).split(batch_size):
         with torch.no_grad():
@@ -169,73 +169,3 @@ class _Best:
         won = index[better]
         self.x[won], self.value[won], self.fooled[won] = x[better], now[better].to(known.dtype), fooled[better]
         return value, fooled
-
-
-def _fast_layout(model, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """`model`, run the way in which this device computes its convolutions and their gradients to the input fastest.
-
-    On a CPU that is channels last, with `_InputConvolution` for the first layer. A model that cannot take that layout (one
-    that calls `view` on its features) gets images as they are. The weights are not touched.
-    """
-    convolutional = isinstance(model, torch.nn.Module) and any(isinstance(m, torch.nn.Conv2d) for m in model.modules())
-    if x.device.type != "cpu" or x.dim() != 4 or not convolutional:
-        return model
-    n, c, h, w = x.shape
-
-    def channels_last(x: Tensor) -> Tensor:
-        if c > 1:
-            return x.contiguous(memory_format=torch.channels_last)
-        return x.contiguous().as_strided(x.shape, (h * w, 1, w, 1))  # one channel: the same memory, said differently
-
-    def run(x: Tensor, layout: Callable) -> Tensor:
-        with _FewChannels():
-            return model(layout(x))
-
-    try:
-        with torch.no_grad():
-            model(channels_last(x[:1]))
-    except RuntimeError:
-        return lambda x: run(x, Tensor.contiguous)
-    return lambda x: run(x, channels_last)
-
-
-class _FewChannels(TorchFunctionMode):
-    """Inside this context a convolution of grey or colour images takes `_InputConvolution` for its gradient."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.conv2d and not kwargs and len(args) == 7 and args[0].requires_grad:
-            x, weight, bias, stride, padding, dilation, groups = args
-            plain = weight.shape[1] <= 3 and groups == 1 and tuple(dilation) == (1, 1) and not isinstance(padding, str)
-            if plain and x.dim() == 4:
-                return _InputConvolution.apply(
-                    x, weight.detach(), None if bias is None else bias.detach(), stride, padding
-                )
-        return function(*args, **(kwargs or {}))
-
-
-class _InputConvolution(torch.autograd.Function):
-    """A convolution whose gradient goes to its input only, several times faster than the library's for few channels.
-
-    With few input channels the backward pass is a small matrix product per offset (i, j) of the filter, whose results are
-    added where the filter stood: dx[p + (i, j)] += W_ij^T dy[p].
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding):
-        ctx.save_for_backward(weight)
-        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
-        return torch.conv2d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (weight,) = ctx.saved_tensors
-        (n, c, h, w), (sy, sx), (py, px) = ctx.shape, ctx.stride, ctx.padding
-        k, _, fy, fx = weight.shape
-        oh, ow = dy.shape[2:]
-        parts = weight.reshape(k, -1).t() @ dy.permute(0, 2, 3, 1).reshape(-1, k).t()
-        parts = parts.view(c, fy, fx, n, oh, ow)
-        dx = dy.new_zeros(c, n, h + 2 * py, w + 2 * px)
-        for i in range(fy):
-            for j in range(fx):
-                dx[:, :, i : i + sy * oh : sy, j : j + sx * ow : sx] += parts[:, i, j]
-        return dx[:, :, py : py + h, px : px + w].transpose(0, 1), None, None, None, None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import checks, progress
 from ..threat import L0, L1, L2, Linf
-from .gradient import _fast_layout
+from .layout import fast_layout
 from .losses import margin
 
 _ROUNDS = 12  # how often Carlini & Wagner's L0 and Linf attacks shrink what they have
@@ -658,7 +658,7 @@ def _prepare(model, x, y, target, measure, batch_size, kappa=0.0):
     size = (64 if x.device.type == "cpu" else 1000) if batch_size is None else batch_size
     checks.positive_int(size, "batch_size")
     x = x.detach()
-    forward = _fast_layout(model, x)
+    forward = fast_layout(model, x)
     batches = zip(x.split(size), y.split(size), strict=True)
     with torch.no_grad():
         z = torch.cat([checks.logits(forward(a), b) for a, b in batches])

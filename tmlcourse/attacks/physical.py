@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, progress
-from .gradient import _fast_layout
+from .layout import fast_layout
 from .losses import objective
 from .spatial import affine, place
 
@@ -301,7 +301,7 @@ def _prepare(model, x, y, target):
         z = checks.logits(model(x[:1]), y[:1]) if isinstance(model, torch.nn.Module) else model(x[:1])
     if goal is not None and z.dim() == 2 and target >= z.shape[1]:
         raise ValueError(f"target: got {target}, want a class in [0, {z.shape[1] - 1}]")
-    return x, y, goal, _fast_layout(model, x)
+    return x, y, goal, fast_layout(model, x)
 
 
 def _mask(mask, x, name):

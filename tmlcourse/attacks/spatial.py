@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, progress
-from .gradient import _Best, _fast_layout
+from .gradient import _Best
+from .layout import fast_layout
 from .losses import objective
 
 
@@ -110,7 +111,7 @@ def spatial(
         draw = 2 * torch.rand(tries, len(x), 4, generator=generator, dtype=x.dtype, device=x.device) - 1
         poses = draw * torch.tensor([rotation, 0, shift, shift]).to(x) + torch.tensor([0.0, 1, 0, 0]).to(x)
 
-    forward, best = _fast_layout(model, x), _Best(x, y, target, attacker)
+    forward, best = fast_layout(model, x), _Best(x, y, target, attacker)
     with torch.no_grad(), progress.bar(total=len(poses) * len(x), desc="spatial", unit="pose") as bar:
         for chunk in torch.arange(len(x), device=x.device).split(batch_size):
             z = checks.logits(forward(x[chunk]), y[chunk])

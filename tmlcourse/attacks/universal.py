@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import checks, progress
 from ..threat import L1, L2, Linf
-from .gradient import _fast_layout
+from .layout import fast_layout
 from .losses import margin, objective
 from .minimum_norm import deepfool
 
@@ -87,7 +87,7 @@ def universal(
     generator = torch.Generator(x.device)
     generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
 
-    forward, ball, box = _fast_layout(model, x), replace(threat, box=None), threat.box or (-torch.inf, torch.inf)
+    forward, ball, box = fast_layout(model, x), replace(threat, box=None), threat.box or (-torch.inf, torch.inf)
     zero = torch.zeros_like(x[:1])
     v = best = zero
     best_rate = _fooled(forward, x, y, goal, zero, box).double().mean().item()

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import checks, progress
 from ..threat import L2
-from .gradient import _Best, _fast_layout
+from .gradient import _Best
+from .layout import fast_layout
 from .losses import objective
 
 
@@ -73,7 +74,7 @@ def wasserstein(
     checks.positive_int(batch_size, "batch_size")
 
     x = x.detach()
-    forward, best = _fast_layout(model, x), _Best(x, y, target, attacker)
+    forward, best = fast_layout(model, x), _Best(x, y, target, attacker)
     with progress.bar(total=steps * len(x), desc="Wasserstein", unit="step") as bar:
         for chunk in torch.arange(len(x), device=x.device).split(batch_size):
             z, warm = x[chunk], None
