@@ -1,5 +1,6 @@
 """What the package says of itself is true: docstrings are there, their examples run, arrows point downwards."""
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import tmlcourse
-from tmlcourse import attacks, data, models, pretrained, threat, training
+from tmlcourse import attacks, data, models, poisoning, pretrained, threat, training
 
 MODULES = [importlib.import_module(m.name) for m in pkgutil.walk_packages(tmlcourse.__path__, "tmlcourse.")]
 
@@ -28,17 +29,39 @@ def public():
 def test_public_names_say_what_they_do_and_their_example_runs(item):
     text = inspect.getdoc(item) or ""
     assert len(text.splitlines()[0] if text else "") > 20
-    test = data.load("digits", n=8)
-    names = {**vars(attacks), **vars(models), **vars(threat), **vars(training), **vars(pretrained)}
-    names |= dict(data=test, test=test, x=test.x, y=test.y, model=models.linear((1, 8, 8), seed=0), torch=torch,
-                  partial=partial, tmlcourse=tmlcourse)  # fmt: skip
-    names["load"] = pretrained.load if item is pretrained.load else data.load
+    names = example_names(item)
     for example, _, answer in re.findall(r"Example: `([^`]+)`( is ([^\n]+)\.)?", text):
-        got = eval(" ".join(example.split()), names)
+        *before, last = ast.parse(" ".join(example.split())).body
+        exec(compile(ast.Module(before, []), "example", "exec"), names)
+        if not isinstance(last, ast.Expr):
+            exec(compile(ast.Module([last], []), "example", "exec"), names)
+            continue
+        got = eval(compile(ast.Expression(last.value), "example", "eval"), names)
         if re.fullmatch(r"[\d, ()]+", answer):
             assert str(got).removeprefix("torch.Size(").strip("()[]").replace(",", "") == answer.strip("()").replace(
                 ",", ""
             )
+
+
+def example_names(item):
+    """What an example may use: the package's functions, eight digits, a linear model, and what the names below say."""
+    test = data.load("digits-28x28", n=8)
+    x, y, model = test.x, test.y, models.linear((1, 28, 28), seed=0)
+    if "certify" in item.__module__ or "universal" in item.__module__:
+        model = models.mlp((1, 28, 28), hidden=(8,), seed=0)
+    if "poisoning" in item.__module__:
+        whole = data.load("digits", n=200)
+        x, y = whole.x, whole.y % 2
+    names = {}
+    for module in (attacks, models, threat, training, pretrained, poisoning, importlib.import_module(item.__module__)):
+        names |= vars(module)
+    names |= dict(data=test, test=test, train=test, zeros_and_ones=test[:2], models=models, training=training)
+    names |= dict(x=x, y=y, x_new=x, x_few=x, x_own=data.load("digits-28x28", n=60).x, rows=torch.rand(8, 30))
+    names |= dict(new_rows=torch.rand(2, 30), mask=torch.ones(1, 28, 28), v=torch.zeros(1, 28, 28), w=torch.ones(1, 5))
+    names |= dict(model=model, oracle=attacks.Queries(model), f=lambda w, index=None: w.flatten(1).square().sum(1))
+    names |= dict(torch=torch, partial=partial, tmlcourse=tmlcourse)
+    names["load"] = pretrained.load if item is pretrained.load else data.load
+    return names
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
@@ -73,7 +96,7 @@ def test_progress_bar_is_silent_when_asked(monkeypatch):
 def test_arrows_point_downwards():
     """plot and widgets know results, not algorithms; threat, models and data import nothing of ours but input checks."""
     allowed = {"plot": {"checks"}, "widgets": {"plot", "progress"}, "threat": {"checks"}, "models": {"checks"},
-               "data": {"checks"}, "checks": set(), "progress": set()}  # fmt: skip
+               "data": {"checks"}, "checks": set(), "progress": {"checks"}}  # fmt: skip
     for name, may in allowed.items():
         source = inspect.getsource(importlib.import_module(f"tmlcourse.{name}"))
         found = re.findall(

@@ -18,7 +18,7 @@ CONDA = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
 (CONDA_PIP,) = (part["pip"] for part in CONDA["dependencies"] if isinstance(part, dict))
 COLAB_HAS = {
     *("ipywidgets", "matplotlib", "numpy", "pandas", "pillow", "safetensors"),
-    *("scikit-learn", "scipy", "torch", "torchvision", "tqdm"),
+    *("joblib", "scikit-learn", "scipy", "torch", "torchvision", "tqdm"),
 }
 NAMED = ("jupyter-book", "jupyterlab", "torch", "torchvision", "matplotlib", "ipywidgets", "nbval", "pulp")
 
@@ -71,9 +71,9 @@ def test_book_stays_below_version_2():
     assert str(requirements(EXTRAS["book"])["jupyter-book"].specifier) in (">=1.0.4,<2", "<2,>=1.0.4")
 
 
-def test_colab_lacks_pulp_only_and_keeps_its_versions_of_the_rest():
+def test_colab_lacks_the_solvers_only_and_keeps_its_versions_of_the_rest():
     for name, requirement in requirements(PROJECT["dependencies"]).items():
-        assert name in COLAB_HAS or name == "pulp", f"Colab would have to install {name}"
+        assert name in COLAB_HAS or name in ("pulp", "highspy"), f"Colab would have to install {name}"
         upper = {part.operator for part in requirement.specifier} - {">="}
         assert not upper or name == "pulp", requirement  # PuLP 4 comes without a solver
 

@@ -48,7 +48,7 @@ def logistic(margin: Tensor, base: float = math.e) -> Tensor:
         margin: any shape.
         base: of the logarithm (> 1).
     Source: Bartlett, Jordan & McAuliffe 2006 (surrogate losses).
-    Example: `logistic(torch.zeros(1), base=2)` is 1.
+    Example: `logistic(torch.zeros(1), base=2)`, which is 1, where the natural logarithm gives 0.69.
     """
     return F.softplus(-margin) / math.log(base)
 

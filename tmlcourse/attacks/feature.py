@@ -41,7 +41,7 @@ def feature_adversary(
     Raises:
         TypeError, ValueError: bad input or an unknown layer, before any work.
     Source: Sabour, Cao, Faghri & Fleet 2016 (objective, with L-BFGS-B); Birgin, Martínez & Raydan 2000 (the method here).
-    Example: `feature_adversary(small_cnn(seed=0), x, x.flip(0), Linf(0.1), layer=-3)`.
+    Example: `feature_adversary(model, x, x.flip(0), Linf(0.1), layer=-1)`.
     """
     checks.model(model, checks.images(x))
     checks.same_shape(checks.images(guide, "guide"), x, "guide")

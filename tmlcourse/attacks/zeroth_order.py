@@ -140,7 +140,7 @@ def components(basis: Tensor, *, beta: float = 1e-2) -> Estimator:
 def principal_components(x: Tensor, k: int) -> Tensor:
     """The k directions in which the images x (N, ...) vary most: orthonormal rows (k, d).
 
-    Example: `principal_components(x, 50).shape` is (50, d).
+    Example: `principal_components(x_own, 50).shape`, which is (50, d).
     """
     flat = checks.images(x).flatten(1)
     if checks.positive_int(k, "k") > min(flat.shape):

@@ -156,6 +156,7 @@ def check(model, x: Tensor, y: Tensor | None, eps: float, box) -> Network:
 
 
 def images_at_once(network: Network, x: Tensor) -> int:
+    """How many images a bound works on at once, so that its coefficients stay in a few hundred megabytes."""
     neurons = sum(math.prod(b.shape) for b in network.blocks) + x[0].numel()
     return max(1, min(256 if x.device.type == "cpu" else 1024, 2**21 // neurons))
 

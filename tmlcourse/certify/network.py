@@ -228,7 +228,7 @@ class MaxPool:
 
 
 class Relu:
-    """max(0, z)."""
+    """The activation max(0, z), entry by entry."""
 
     def __call__(self, z: Tensor) -> Tensor:
         return z.relu()
