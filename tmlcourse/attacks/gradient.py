@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks, progress
 from .layout import fast_layout
-from .losses import margin, objective
+from .losses import fools, objective
 
 
 def fgsm(model, x: Tensor, y: Tensor, threat, *, loss="cross_entropy", target: Tensor | None = None) -> Tensor:
@@ -161,9 +161,7 @@ class _Best:
         value = self.objective(z, y, target)
         if value.shape != y.shape:
             raise ValueError(f"loss: got shape {tuple(value.shape)} from it, want ({len(y)},), one number an image")
-        ahead = margin(z.detach(), y) if target is None else -margin(z.detach(), target)
-        # More than rounding: another layout or batch size may move a logit by its last digits, and a fall must stay one.
-        fooled = ahead > 1e-5 * (1 + z.detach().abs().amax(1))
+        fooled = fools(z.detach(), y, target)
         now, known = value.detach(), self.value[index]
         better = torch.where(fooled == self.fooled[index], now > known, fooled)
         won = index[better]
