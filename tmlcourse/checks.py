@@ -55,6 +55,14 @@ def labels(y: Tensor, x: Tensor, name: str = "y") -> Tensor:
     return y
 
 
+def other_class(target: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Require `target` to be labels, none of them the image's own."""
+    labels(target, x, "target")
+    if same := int((target == y).sum()):
+        raise ValueError(f"target: got the label itself for {same} of {len(y)} images, want another class")
+    return target
+
+
 def logits(z: Tensor, y: Tensor, name: str = "y") -> Tensor:
     """Require finite logits (N, K) with K >= 2, and labels below K."""
     if not isinstance(z, Tensor) or z.dim() != 2 or len(z) != len(y) or z.shape[1] < 2:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import checks, progress
 from ..threat import L0, L1
-from .layout import fast_layout
+from .layout import fast_layout, images_at_once
 from .losses import fools, objective
 
 MOMENTUM, RISING = 0.75, 0.75  # alpha, and the share of steps (rho) that must climb for the step size to stay
@@ -66,15 +66,11 @@ def apgd(
     Source: Croce & Hein 2020, section 3; without momentum under L1: Croce & Hein 2021.
     Example: `apgd(model, x, y, Linf(0.3), loss="dlr", seed=0)`.
     """
-    _check(model, x, y, steps, restarts, batch_size)
-    goals = []
+    _check(model, x, y, steps, restarts)
     if target is not None:
-        checks.labels(target, x, "target")
-        if same := int((target == y).sum()):
-            raise ValueError(f"target: got the label itself for {same} of {len(x)} images, want another class")
-        goals = [target]
+        checks.other_class(target, x, y)
     run = _Run(model, x, y, threat, steps, batch_size, stop_early, seed, goal=target)
-    return run(objective(loss, target), (goals or [None]) * restarts, "APGD")
+    return run(objective(loss, target), [target] * restarts, "APGD")
 
 
 def apgd_targeted(
@@ -104,7 +100,7 @@ def apgd_targeted(
     Source: Croce & Hein 2020, section 4.
     Example: `apgd_targeted(model, x, y, Linf(0.3), stop_early=True, seed=0)`.
     """
-    _check(model, x, y, steps, restarts, batch_size)
+    _check(model, x, y, steps, restarts)
     checks.positive_int(targets, "targets")
     run = _Run(model, x, y, threat, steps, batch_size, stop_early, seed)
     classes = run.logits.shape[1]
@@ -156,28 +152,20 @@ def checkpoints(steps: int) -> list[int]:
     return sorted({-(-p * steps // 100) for p in hundredths if p < 100} - {steps})
 
 
-def _check(model, x, y, steps, restarts, batch_size) -> None:
+def _check(model, x, y, steps, restarts) -> None:
     checks.model(model, x=checks.images(x))
     checks.labels(y, x)
     checks.positive_int(steps, "steps")
     checks.positive_int(restarts, "restarts")
-    if batch_size is not None:
-        checks.positive_int(batch_size, "batch_size")
 
 
 class _Run:
     """What the walks on one batch of images share: the model, the threat set and the best point of each image so far."""
 
     def __init__(self, model, x, y, threat, steps, batch_size, stop_early, seed, goal=None):
-        self.x, self.y, self.goal, self.threat, self.steps, self.stop_early = (
-            x.detach(),
-            y,
-            goal,
-            threat,
-            steps,
-            stop_early,
-        )
-        self.batch_size = batch_size or (64 if x.device.type == "cpu" else 1000)
+        self.x, self.y, self.goal = x.detach(), y, goal
+        self.threat, self.steps, self.stop_early = threat, steps, stop_early
+        self.batch_size = images_at_once(x, batch_size)
         self.generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
         self.model = fast_layout(model, self.x)
         with torch.no_grad():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import checks, progress
 from ..threat import L0
+from .layout import images_at_once
 
 
 def feature_adversary(
@@ -48,8 +49,7 @@ def feature_adversary(
     checks.positive_int(steps, "steps")
     if isinstance(threat, L0):
         raise TypeError(f"threat: got {threat!r}, want a convex set: Linf, L2 or L1")
-    batch_size = (64 if x.device.type == "cpu" else 1000) if batch_size is None else batch_size
-    checks.positive_int(batch_size, "batch_size")
+    batch_size = images_at_once(x, batch_size)
     phi, found = features(model, layer), []
     with progress.bar(total=steps * len(x), desc="features", unit="step") as bar:
         for a, b in zip(x.detach().split(batch_size), guide.detach().split(batch_size), strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, progress
-from .layout import fast_layout
+from .layout import fast_layout, images_at_once
 from .losses import fools, objective
 
 
@@ -83,8 +83,7 @@ def pgd(
     if target is not None:
         checks.labels(target, x, "target")
     attacker = objective(loss, target)
-    batch_size = (64 if x.device.type == "cpu" else 1000) if batch_size is None else batch_size
-    checks.positive_int(batch_size, "batch_size")
+    batch_size = images_at_once(x, batch_size)
     generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
     alphas = [alpha * (1.0 if schedule is None else schedule(t / steps)) for t in range(steps)]
 

@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .. import checks
+
+
+def images_at_once(x: Tensor, batch_size: int | None) -> int:
+    """The given batch size, checked, or one that suits the caches of a CPU (64) or a GPU (1,000)."""
+    if batch_size is None:
+        return 64 if x.device.type == "cpu" else 1000
+    return checks.positive_int(batch_size, "batch_size")
+
 
 def fast_layout(model, x: Tensor) -> Callable[[Tensor], Tensor]:
     """`model`, run the way in which this device computes its convolutions and their gradients to the input fastest.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import checks, progress
 from ..threat import L0, L1, L2, Linf
-from .layout import fast_layout
+from .layout import fast_layout, images_at_once
 from .losses import margin
 
 _ROUNDS = 12  # how often Carlini & Wagner's L0 and Linf attacks shrink what they have
@@ -652,11 +652,8 @@ def _prepare(model, x, y, target, measure, batch_size, kappa=0.0):
     checks.model(model, x=checks.images(x))
     checks.labels(y, x)
     if target is not None:
-        checks.labels(target, x, "target")
-        if (same := int((target == y).sum())) > 0:
-            raise ValueError(f"target: got the label itself for {same} of {len(y)} images, want another class")
-    size = (64 if x.device.type == "cpu" else 1000) if batch_size is None else batch_size
-    checks.positive_int(size, "batch_size")
+        checks.other_class(target, x, y)
+    size = images_at_once(x, batch_size)
     x = x.detach()
     forward = fast_layout(model, x)
     batches = zip(x.split(size), y.split(size), strict=True)

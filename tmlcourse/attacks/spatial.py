@@ -95,9 +95,7 @@ def spatial(
     for number in grid:
         checks.positive_int(number, "grid")
     if target is not None:
-        checks.labels(target, x, "target")
-        if (target == y).any():
-            raise ValueError(f"target: got the label itself for {int((target == y).sum())} images, want another class")
+        checks.other_class(target, x, y)
     attacker = objective(loss, target)
     batch_size = (64 if x.device.type == "cpu" else 2000) if batch_size is None else batch_size
     checks.positive_int(batch_size, "batch_size")

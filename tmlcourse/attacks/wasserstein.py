@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import checks, progress
 from ..threat import L2
 from .gradient import _Best
-from .layout import fast_layout
+from .layout import fast_layout, images_at_once
 from .losses import objective
 
 
@@ -66,12 +66,9 @@ def wasserstein(
     if checks.nonnegative(alpha, "alpha") == 0:
         raise ValueError("alpha: got 0, want a step size > 0")
     if target is not None:
-        checks.labels(target, x, "target")
-        if (target == y).any():
-            raise ValueError(f"target: got the label itself for {int((target == y).sum())} images, want another class")
+        checks.other_class(target, x, y)
     attacker = objective(loss, target)
-    batch_size = (64 if x.device.type == "cpu" else 1000) if batch_size is None else batch_size
-    checks.positive_int(batch_size, "batch_size")
+    batch_size = images_at_once(x, batch_size)
 
     x = x.detach()
     forward, best = fast_layout(model, x), _Best(x, y, target, attacker)
