@@ -143,25 +143,24 @@ class L2(_Ball):
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point of the set: x + clip(s delta, box), with the largest s <= 1 that keeps the norm at eps.
 
-        ||clip(s delta)||^2 = s^2 sum_free delta_i^2 + sum_clipped room_i^2 grows with s and changes its formula only where
-        s |delta_i| meets the room of a pixel; sorting those breakpoints finds s exactly.
+        ||clip(s delta)||^2 = s^2 sum_free delta_i^2 + sum_clipped room_i^2 grows with s. Solving it with too few pixels clipped
+        gives an s below the right one, at which the right pixels only can be clipped: s rises to its exact value in few steps.
         """
         delta = x_adv - x
         if self.box is None:
             return x + delta * _per_image((self.eps / self.norm(delta).clamp_min(1e-30)).clamp_max(1), delta)
-        room = self._room(x, delta).flatten(1).double()
-        size = delta.flatten(1).abs().double()
-        s, order = (room / size.clamp_min(1e-30)).sort(1)
-        # For s between the k-th and the next breakpoint, the first k sorted pixels are clipped, the others are free.
-        clipped = room.gather(1, order).square().cumsum(1)
-        free = size.gather(1, order).square().flip(1).cumsum(1).flip(1)
-        clipped = torch.cat([torch.zeros_like(clipped[:, :1]), clipped], 1)
-        free = torch.cat([free, torch.zeros_like(free[:, :1])], 1)
-        reached = clipped[:, :-1] + s.square() * free[:, :-1]
-        k = (reached <= self.eps**2).sum(1, keepdim=True)
-        rest = (self.eps**2 - clipped.gather(1, k)).clamp_min(0)
-        scale = (rest / free.gather(1, k).clamp_min(1e-30)).sqrt().clamp_max(1)
-        z = self._clip(x + delta * _per_image(scale.squeeze(1).to(x.dtype), delta))
+        room, size = self._room(x, delta).flatten(1), delta.flatten(1).abs()
+        room_squared, size_squared = room.square(), size.square()
+        s = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
+        while True:
+            clipped = (s.to(size.dtype) * size > room).to(size.dtype)  # as numbers: products are quicker than choices
+            held = (room_squared * clipped).sum(1, keepdim=True, dtype=torch.float64)
+            free = (size_squared * (1 - clipped)).sum(1, keepdim=True, dtype=torch.float64)
+            higher = ((self.eps**2 - held).clamp_min(0) / free.clamp_min(1e-60)).sqrt().clamp_max(1)
+            if (higher <= s).all():
+                break
+            s = torch.maximum(s, higher)
+        z = self._clip(x + delta * _per_image(s.squeeze(1).to(x.dtype), delta))
         return self._pull_back(z, x)
 
     def _pull_back(self, z: Tensor, x: Tensor) -> Tensor:
