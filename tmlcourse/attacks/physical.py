@@ -344,21 +344,22 @@ def _expected_ascent(forward, x, y, goal, loss, start, show, penalty, project, s
         z = forward(show(p, x[index], generator))
         return attacker(z, y[index], None if goal is None else goal[index]).mean() - penalty(p)
 
-    p, best, best_value = start, start, -torch.inf
-    first, second = torch.zeros_like(start), torch.zeros_like(start)
+    p, best, best_value = start.clone().requires_grad_(), start, -torch.inf
+    optimiser = torch.optim.Adam([p], lr=alpha, betas=(0.9, 0.99), eps=1e-12, maximize=True)
+    fade = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda t: 1 - t / steps)
     every = max(1, steps // 8)
     for t in progress.bar(range(steps + 1), desc=name, unit="step"):
         if t % every == 0 or t == steps:
             with torch.no_grad():
                 now = value(p, few, torch.Generator(x.device).manual_seed(fixed)).item()
             if now > best_value:
-                best, best_value = p, now
+                best, best_value = p.detach().clone(), now
         if t == steps:
             return best
         index = torch.randint(len(x), (batch_size,), generator=generator, device=x.device)
         with torch.enable_grad():
-            p = p.detach().requires_grad_()
-            (grad,) = torch.autograd.grad(value(p, index, generator), p)
-        first, second = 0.9 * first + 0.1 * grad, 0.99 * second + 0.01 * grad.square()
-        step = first / (1 - 0.9 ** (t + 1)) / ((second / (1 - 0.99 ** (t + 1))).sqrt() + 1e-12)
-        p = project(p.detach() + alpha * (1 - t / steps) * step)
+            (p.grad,) = torch.autograd.grad(value(p, index, generator), p)
+        optimiser.step()
+        fade.step()
+        with torch.no_grad():
+            p.copy_(project(p))
