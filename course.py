@@ -74,16 +74,16 @@ def environment(name, extras, pins):
 
 
 def course_environment():
-    return environment(".venv", "book,test", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
+    return environment(".venv", "book,homework,test", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
 
 
-def run(python, *command, **variables):
+def run(python, *command, cwd=None, **variables):
     """Run Python with a command line in the checkout, its environment's programs first on the path; the exit status."""
     path = str(python.parent) + os.pathsep + os.environ.get("PATH", "")
     command = [str(python), *[str(part) for part in command]]
     # Torch's threads would wait for each other by spinning: beside another busy process that is many times slower.
     defaults = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    return subprocess.run(command, cwd=str(ROOT), env={**defaults, "PATH": path, **variables}).returncode
+    return subprocess.run(command, cwd=cwd or str(ROOT), env={**defaults, "PATH": path, **variables}).returncode
 
 
 def run_inputs():
@@ -156,6 +156,12 @@ def stamp(arguments):
     return run(course_environment(), "tools/stamp.py", *arguments)
 
 
+def homework(arguments):
+    """release, grade and publish the homework (see homework/README.md)"""
+    # In the folder where the command was given, so that a download is found there.
+    return run(course_environment(), ROOT / "homework" / "run.py", *arguments, cwd=os.getcwd())
+
+
 def retrain(arguments):
     """train a shipped network again and compare: retrain NAME"""
     return run(course_environment(), "-m", "tmlcourse.pretrained", "retrain", *arguments)
@@ -168,6 +174,7 @@ COMMANDS = {
     "bench": bench,
     "clean-notebooks": clean_notebooks,
     "stamp": stamp,
+    "homework": homework,
     "retrain": retrain,
 }
 

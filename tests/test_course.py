@@ -52,7 +52,7 @@ def course(tmp_path, monkeypatch):
 def test_alone_it_lists_its_commands_and_needs_no_environment():
     answer = subprocess.run([sys.executable, "-S", ROOT / "course.py"], capture_output=True, text=True)
     assert answer.returncode == 0
-    for command in ("book", "test", "lab", "bench", "clean-notebooks", "stamp", "retrain"):
+    for command in ("book", "test", "lab", "bench", "clean-notebooks", "stamp", "homework", "retrain"):
         assert f"\n  {command} " in answer.stdout
     assert subprocess.run([sys.executable, ROOT / "course.py", "bok"], capture_output=True).returncode == 2
 
@@ -75,7 +75,7 @@ def test_set_up_happens_once(course):
     assert python.exists()
     assert course.course_environment() == python
     assert len(course.installs) == 1
-    assert course.installs[0][-1] == ".[book,test]"
+    assert course.installs[0][-1] == ".[book,homework,test]"
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
@@ -138,6 +138,14 @@ def test_bench_pins_torch_only_and_has_its_own_environment(course, tmp_path):
     course.bench([])
     pins = (tmp_path / ".venv-bench" / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert {pin.split("==")[0] for pin in pins} == {"torch", "torchvision", "numpy"}
+
+
+def test_homework_runs_where_the_command_was_given(course, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(course, "run", lambda python, *command, **given: asked.update(given, command=command) or 3)
+    monkeypatch.chdir(tmp_path)
+    assert course.homework(["grade", "downloads"]) == 3
+    assert asked == {"command": (tmp_path / "homework" / "run.py", "grade", "downloads"), "cwd": os.getcwd()}
 
 
 def test_outputs_are_forgotten_when_the_package_its_weights_or_the_data_change(course, tmp_path, monkeypatch):

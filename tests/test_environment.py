@@ -56,12 +56,12 @@ def test_torch_and_torchvision_are_a_tested_pair():
 
 def test_environment_yml_agrees_with_pyproject():
     conda = requirements(line for line in CONDA_PIP if not line.startswith("--"))
-    project = requirements(PROJECT["dependencies"] + EXTRAS["book"] + EXTRAS["test"])
+    project = requirements(PROJECT["dependencies"] + EXTRAS["book"] + EXTRAS["homework"] + EXTRAS["test"])
     assert set(NAMED) <= set(conda)
     for name, requirement in conda.items():
         assert str(requirement.specifier) == str(project[name].specifier), name
     assert "--constraint constraints.txt" in CONDA_PIP
-    assert "--editable .[book,test]" in CONDA_PIP
+    assert "--editable .[book,homework,test]" in CONDA_PIP
     (python,) = (part.removeprefix("python=") for part in CONDA["dependencies"] if str(part).startswith("python="))
     for name, requirement in conda.items():
         assert requirement.specifier.contains(pins(python)[name], prereleases=True), name

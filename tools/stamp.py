@@ -3,7 +3,7 @@
 
 usage: stamp.py [--check] [--ref COMMIT] [--branch BRANCH]
 
-The setup cell of every chapter installs the package on Colab from that address; the README, the opening page, the
+The setup cell of every chapter and homework installs the package on Colab from that address; the README, the opening page, the
 licence of the text and CITATION.cff link to it. A notebook cannot hold its own commit, so publishing stamps a copy:
 `--ref` is what its setup cells install (the branch otherwise), `--branch` is where its Colab buttons point.
 """
@@ -39,7 +39,7 @@ def repository(root=ROOT):
 
 
 def setup_cell(url, ref):
-    """The first code cell of every chapter."""
+    """The first code cell of every notebook."""
     return SETUP.format(url=url, ref=ref)
 
 
@@ -75,7 +75,8 @@ def main(arguments, root=ROOT):
     old = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))["repository-code"]
 
     differ = False
-    for file in [*(root / page for page in PAGES), *sorted((root / "book").glob("*.ipynb"))]:
+    notebooks = sorted([*(root / "book").glob("*.ipynb"), *(root / "homework").glob("*/hw*/*.ipynb")])
+    for file in [*(root / page for page in PAGES), *notebooks]:
         text = file.read_bytes().decode("utf-8")
         if file.suffix == ".ipynb":
             new = stamped_notebook(text, url, options.ref or branch)

@@ -1,0 +1,47 @@
+"""Wrong answers: question -> (what is wrong, text of the solution, text in its place, what the check's message says)."""
+
+MUTANTS = {
+    "q1-implicit": [
+        ("wrong sign", "dX = -(", "dX = (", "by differences"),
+        ("wrong sign of the labels", "dy = X @ u / n", "dy = -X @ u / n", "by differences"),
+        ("x enters once only", "(np.outer(r, u) + np.outer(X @ u, theta))", "np.outer(r, u)", "by differences"),
+        ("the other half only", "(np.outer(r, u) + np.outer(X @ u, theta))", "np.outer(X @ u, theta)", "by differences"),
+        ("no regularisation", "X.T @ X / n + lam * np.eye(d)", "X.T @ X / n", "by differences"),
+        ("no inverse", "np.linalg.solve(H, g)", "g", "by differences"),
+        ("not divided by n", "dy = X @ u / n", "dy = X @ u", "by differences"),
+        ("transposed", "return dX, dy", "return dX.T, dy", "shape (3, 7)"),
+    ],
+    "q2-step": [
+        ("wrong sign", "X - alpha * G - X0", "X + alpha * G - X0", "wrong direction"),
+        ("no projection", "min(1, rho / max(size, 1e-300))", "1", "over the budget"),
+        ("always to the edge", "min(1, rho / max(size, 1e-300))", "rho / max(size, 1e-300)", "inside the budget"),
+        ("budget around X", "X - alpha * G - X0", "-alpha * G", ""),
+        ("wrong norm", "np.linalg.norm(change)", "np.linalg.norm(change, 2)", "over the budget"),
+        ("the largest entry", "np.linalg.norm(change)", "np.abs(change).max()", "over the budget"),
+        ("changes its argument", "change = X - alpha * G - X0", "X -= alpha * G\n    change = X - X0",
+         "changed its argument"),
+    ],
+    "q3-worst": [
+        ("wrong sign", "mu[y] - y * r[y]", "mu[y] + y * r[y]", "not the worst"),
+        ("one class only", "(-1, 1)", "(1,)", "not the worst"),
+        ("the better of the two", "max(found, key", "min(found, key", "not the worst"),
+        ("not normalised", "w / max(np.linalg.norm(w), 1e-300)", "w", ""),
+        ("no bias", "w @ x + b", "w @ x", "you say loss"),
+        ("wrong norm", "np.linalg.norm(w)", "np.abs(w).max()", "outside"),
+        ("one radius for both", "r[y] * unit", "r[1] * unit", "not the worst"),
+        ("divides by zero", "max(np.linalg.norm(w), 1e-300)", "np.linalg.norm(w)", "w = 0"),
+    ],
+    "q4-online": [
+        ("wrong sign", "w + eta *", "w - eta *", ""),
+        ("the last value", "min(values)", "values[-1]", "U* is"),
+        ("poison without eps in U", ".mean() + eps * loss", ".mean() + loss", "U* is"),
+        ("one round too few", "range(steps)", "range(steps - 1)", "rounds"),
+        ("no limit on the norm", "min(1, rho / max(np.sqrt(w @ w + b * b), 1e-300))", "1", "allowed"),
+        ("the norm of w only", "np.sqrt(w @ w + b * b)", "np.sqrt(w @ w)", "allowed"),
+        ("learns from clean data only", "hit_p * xp", "0 * xp", "the parameters of round"),
+        ("poison without eps in the step", "eps * yp * (loss > 0)", "yp * (loss > 0)", "the parameters of round"),
+        ("clean loss summed", "(margin < 1) / len(X)", "(margin < 1)", "the parameters of round"),
+        ("no bias", "b = b + eta * (hit.sum() + hit_p)", "b = 0.0", "the parameters of round"),
+        ("points without their labels", "np.array(ys)", "-np.array(ys)", "labels are not"),
+    ],
+}  # fmt: skip
