@@ -65,8 +65,24 @@ FIGURES = {
     ),
     "sandwich": lambda **k: plot.sandwich(NAMED, data_name="digits", truth=0.43, **k),
     "bars_against_published": lambda **k: plot.bars_against_published(PUBLISHED, data_name="digits", **k),
+    "ladder": lambda **k: plot.ladder(
+        {"interval": -3.0, "LP": -0.2},
+        {"PGD": 0.5},
+        exact=0.4,
+        picture=X[0],
+        title="Radius 0.1",
+        data_name="digits",
+        **k,
+    ),
+    "relu_hull": lambda **k: plot.relu_hull(-1.0, 1.6, slopes={"CROWN's lower line": 1.0, "the dual's": 0.6}, **k),
+    "outlines": lambda **k: plot.outlines(
+        [[0.2, 0.2], [0.5, 0.6]], {"box": [(0, 0), (1, 0), (1, 1)]}, title="A triangle", data_name="digits", **k
+    ),
+    "bars": lambda **k: plot.bars(
+        ["a rather long label of a bar", "b"], [12345, 3], title="Work", xlabel="seconds", data_name="digits", **k
+    ),
 }
-ONE_AXES = [name for name in FIGURES if name not in ("images", "perturbations", "norm_balls")]
+ONE_AXES = [name for name in FIGURES if name not in ("images", "perturbations", "norm_balls", "ladder")]
 every_figure = pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 
 
@@ -123,7 +139,7 @@ def test_nothing_is_cut_off_and_text_reads_on_a_phone(draw):
     assert min(t.get_fontsize() for t in shown) * phone > 8.9
 
 
-@pytest.mark.parametrize("name", [n for n in FIGURES if n != "norm_balls"])
+@pytest.mark.parametrize("name", [n for n in FIGURES if n not in ("norm_balls", "relu_hull")])
 def test_title_names_the_data(name):
     figure = FIGURES[name]()
     titles = [ax.get_title(loc="left") for ax in figure.axes] + [figure.get_suptitle()]
@@ -136,7 +152,7 @@ def test_one_axes_figures_draw_into_the_callers_axes_and_label_them(name):
     try:
         assert FIGURES[name](ax=ax) is mine
         assert ax.has_data() and ax.get_xlabel() and plt.fignum_exists(mine.number)
-        assert ax.get_ylabel() or name == "bars_against_published"
+        assert ax.get_ylabel() or name in ("bars", "bars_against_published")
         with pytest.raises(TypeError, match="ax: got str"):
             FIGURES[name](ax="axes")
     finally:
@@ -500,3 +516,78 @@ def test_sanitation_fills_what_is_kept_and_draws_both_sets():
     np.testing.assert_allclose(np.linalg.norm(circle - defense.centroids[0].numpy(), axis=1), float(defense.radii[0]))
     with pytest.raises(ValueError, match=r"x: got shape \(60, 3\)"):
         plot.sanitation(defense, torch.zeros(60, 3), y)
+
+
+def test_before_after_draws_one_line_a_row_and_says_what_it_cannot_draw():
+    table = pd.DataFrame({"row": ["a", "b"], "before": [1.0, 2.0], "after": [0.0, 2.5]})
+    ax = plot.before_after(table, title="T", xlabel="weight", data_name="d", mark=1).axes[0]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+    assert [line.get_xdata()[:2].tolist() for line in ax.lines[:2]] == [[1.0, 0.0], [2.0, 2.5]]
+    assert ax.lines[1].get_color() != ax.lines[0].get_color()
+    with pytest.raises(ValueError, match="30"):
+        plot.before_after(pd.concat([table] * 16), title="T", xlabel="w")
+    with pytest.raises(ValueError, match="after"):
+        plot.before_after(table.drop(columns="after"), title="T", xlabel="w")
+
+
+# ---- certification (chapters 8 and 9)
+
+
+def test_the_ladder_puts_every_rung_where_it_belongs():
+    figure = plot.ladder({"IBP": -9.0, "LP": -0.2}, {"PGD": 0.5}, exact=0.4, picture=X[0], limits=(-1, 1), title="T")
+    picture, ax = figure.axes
+    assert picture.images[0].get_array().shape == (8, 8)
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["IBP", "LP", "exact", "PGD"]
+    marks = [line for line in ax.lines if line.get_marker() in tuple("><D")]
+    assert [m.get_marker() for m in marks] == [">", ">", "D", "<"]
+    places = [float(np.ravel(m.get_xdata())[0]) for m in marks]
+    assert places[1:] == [-0.2, 0.4, 0.5] and -1 < places[0] < -0.9
+    assert [m.get_markerfacecolor() == "white" for m in marks] == [True, False, False, False]
+
+
+def test_the_ladder_refuses_a_bound_on_the_wrong_side():
+    for below, above, exact in (({"LP": 0.3}, {"PGD": 0.2}, None), ({"LP": 0.3}, {}, 0.2), ({}, {"PGD": 0.1}, 0.2)):
+        with pytest.raises(ValueError, match="not what it says"):
+            plot.ladder(below, above, exact=exact)
+    assert plot.ladder({"LP": 0.2}, {"PGD": 0.2}, exact=0.2)
+
+
+def test_the_hull_is_the_triangle():
+    ax = plot.relu_hull(-1.0, 2.0, slopes={"CROWN": 1.0}).axes[0]
+    box, triangle = (patch.get_xy()[:-1].tolist() for patch in ax.patches)
+    assert box == [[-1, 0], [2, 0], [2, 2], [-1, 2]] and triangle == [[-1, 0], [0, 0], [2, 2]]
+    np.testing.assert_allclose(np.transpose(ax.lines[1].get_data()), [(-1, -1), (2, 2)])
+
+
+def test_outlines_are_closed_around_the_points():
+    square = [(0, 0), (1, 0), (1, 1), (0, 1)]
+    ax = plot.outlines(np.random.rand(9, 2), {"box": square}, title="T").axes[0]
+    assert len(ax.lines[0].get_xdata()) == 9
+    np.testing.assert_allclose(np.transpose(ax.lines[1].get_data()), [*square, (0, 0)])
+
+
+def test_bars_stand_in_order_with_their_numbers():
+    ax = plot.bars(["a", "b"], [12, 3], title="T", xlabel="seconds", data_name="digits").axes[0]
+    assert [patch.get_width() for patch in ax.patches] == [12, 3]
+    assert [text.get_text() for text in ax.texts] == ["12", "3"]
+    assert ax.yaxis.get_inverted() and [t.get_text() for t in ax.get_yticklabels()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: plot.ladder([1.0], {}), TypeError, "below: got list"),
+        (lambda: plot.ladder({}, {}), ValueError, "nothing to show"),
+        (lambda: plot.ladder({"LP": np.nan}, {}), ValueError, r"below\['LP'\]: got NaN"),
+        (lambda: plot.relu_hull(0.5, 1.0), ValueError, "want low < 0 < high"),
+        (lambda: plot.relu_hull(-1.0, 1.0, slopes={"a": 1.5}), ValueError, r"slopes\['a'\]: got 1.5"),
+        (lambda: plot.outlines([[1.0, 2, 3]], {}, title=""), ValueError, "points: want two columns"),
+        (lambda: plot.outlines([[1.0, 2]], [], title=""), TypeError, "shapes: got list"),
+        (lambda: plot.bars(["a"], [-1.0], title="", xlabel=""), ValueError, "values: got -1"),
+        (lambda: plot.bars(["a"], [1.0, 2.0], title="", xlabel=""), ValueError, "labels: got"),
+    ],
+)
+def test_bad_certification_figures_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+    assert plt.get_fignums() == []

@@ -851,3 +851,171 @@ def sanitation(defense, x, y, *, data_name: str = "", ax: Axes | None = None) ->
     ax.set(xlim=(low[0] - room[0], high[0] + room[0]), ylim=(low[1] - room[1], high[1] + room[1]), xlabel="$x_1$",
            ylabel="$x_2$", aspect="equal", title=_title("Spheres (solid) and slabs (dashed)", data_name))  # fmt: skip
     return _legend(ax, grow=own)
+
+
+@_styled
+def ladder(below, above, *, exact: float | None = None, picture=None, limits=None, title: str = "", data_name: str = "",
+           xlabel: str = "margin $z_y - z_j$ of the nearest rival") -> Figure:  # fmt: skip
+    """What is known of one image's worst margin, a rung each: certificates from below, the exact value, attacks from above.
+
+    below, above: dicts name -> number; every number of `below` is at most `exact`, every number of `above` at least.
+    picture: (C, H, W) in [0, 1], drawn beside it. limits: (low, high) of the axis, so that frames of a slider agree.
+    Right of the line at 0 no rival wins; a hollow mark lies beyond the axis. Raises ValueError for NaN, an empty
+    ladder, or a rung on the wrong side.
+
+    Example:
+        >>> fig = ladder({"interval": -3.0, "LP": -0.2}, {"PGD": 0.5}, exact=0.4, picture=torch.rand(1, 8, 8))
+    """
+    rungs = []
+    for name, side, values in (("below", 1, below), ("above", -1, above)):
+        if not isinstance(values, dict):
+            raise TypeError(f"{name}: got {type(values).__name__}, want a dict name -> number")
+        rungs += [(str(label), side, float(_array(value, f"{name}[{label!r}]", 0))) for label, value in values.items()]
+        if name == "below" and exact is not None:
+            rungs.append(("exact", 0, float(_array(exact, "exact", 0))))
+    if not rungs:
+        raise ValueError("below, above: got nothing to show, want at least one number")
+    low, high = (
+        max([v for _, s, v in rungs if s >= 0], default=-np.inf),
+        min([v for _, s, v in rungs if s <= 0], default=np.inf),
+    )
+    if low > high + 1e-5 * max(1, abs(high)):
+        raise ValueError(f"below: got {low:.6g} above {high:.6g}, so one of the two is not what it says")
+    values = [v for *_, v in rungs]
+    room = 0.12 * (max(*values, 0) - min(*values, 0) or 1)
+    left, right = (min(*values, 0) - room, max(*values, 0) + room) if limits is None else limits
+    fig = _figure(1.35 + 0.34 * len(rungs))
+    if picture is None:
+        ax = fig.add_subplot()
+    else:
+        panel, ax = fig.subplots(1, 2, width_ratios=(1, 2.6))
+        _picture(panel, _images(torch.as_tensor(picture)[None], "picture")[0])
+    _axes(ax, grid="x")
+    ax.axvspan(0, right, color="#009E7322", lw=0)
+    ax.axvline(0, color=_INK, lw=1.2)
+    colours, markers = {1: COLOURS[0], 0: "black", -1: COLOURS[2]}, {1: ">", 0: "D", -1: "<"}
+    for i, (_, side, value) in enumerate(rungs):
+        far = {1: left, 0: value, -1: right}[side]
+        ax.plot([far, value], [i, i], color=colours[side], lw=5, alpha=0.25, ls="-", marker="", solid_capstyle="butt")
+        inset = 0.02 * (right - left)
+        seen = float(np.clip(value, left + inset, right - inset))
+        face = colours[side] if left <= value <= right else "white"  # hollow: beyond the axis
+        ax.plot(seen, i, marker=markers[side], ls="", ms=9, color=colours[side], mfc=face)
+    ax.set_yticks(range(len(rungs)), [label for label, *_ in rungs])
+    ax.set(xlim=(left, right), ylim=(-0.6, len(rungs) - 0.4), xlabel=xlabel)
+    fig.suptitle(_title(title, data_name), x=0.01, ha="left")
+    return fig
+
+
+@_styled
+def relu_hull(low: float, high: float, *, slopes=None, ax: Axes | None = None) -> Figure:
+    """A ReLU on [low, high], low < 0 < high, its triangle, its interval's box, and lower lines of the named slopes.
+
+    The triangle is z >= 0, z >= a, z <= u (a - l) / (u - l). slopes: dict name -> number in [0, 1].
+    Raises ValueError for other bounds or slopes.
+
+    Example:
+        >>> fig = relu_hull(-1.0, 2.0, slopes={"CROWN": 1.0, "dual": 2 / 3})
+    """
+    if not low < 0 < high:
+        raise ValueError(f"low, high: got {low}, {high}, want low < 0 < high")
+    slopes = {str(k): float(_array(v, f"slopes[{k!r}]", 0)) for k, v in (slopes or {}).items()}
+    if bad := [k for k, v in slopes.items() if not 0 <= v <= 1]:
+        raise ValueError(f"slopes[{bad[0]!r}]: got {slopes[bad[0]]}, want a number in [0, 1]")
+    own, ax = ax is None, _axes(ax, 3.4)
+    box = [(low, 0), (high, 0), (high, high), (low, high)]
+    ax.add_patch(Polygon(box, closed=True, facecolor="#F3F3F3", edgecolor="#999999", ls=DASHES[1], label="interval"))
+    triangle = [(low, 0), (0, 0), (high, high)]
+    ax.add_patch(Polygon(triangle, closed=True, facecolor="#0072B233", edgecolor=COLOURS[0], lw=2, label="triangle"))
+    ax.plot([low, 0, high], [0, 0, high], color="black", lw=3, ls="-", marker="", label="ReLU")
+    for i, (name, slope) in enumerate(slopes.items(), 1):
+        ax.plot([low, high], [slope * low, slope * high], label=name, **_line(i) | {"marker": ""})
+    ax.set(xlabel="value before, $a = (Wz + b)_j$", ylabel="value behind, $z_j$", xticks=(low, 0, high),
+           xticklabels=("$l$", "0", "$u$"), title="One neuron whose sign is open")  # fmt: skip
+    return _legend(ax, grow=own)
+
+
+@_styled
+def outlines(points, shapes, *, title: str, data_name: str = "", axis_labels=("$z_1$", "$z_2$"),
+             ax: Axes | None = None) -> Figure:  # fmt: skip
+    """A cloud of points in the plane and closed outlines around it, each with a colour and a line style of its own.
+
+    points: (N, 2). shapes: dict name -> corners (M, 2), at most 6. Raises ValueError for other shapes.
+
+    Example:
+        >>> fig = outlines(torch.rand(50, 2), {"box": [(0, 0), (1, 0), (1, 1), (0, 1)]}, title="A box")
+    """
+    points = _array(points, "points", 2)
+    if not isinstance(shapes, dict):
+        raise TypeError(f"shapes: got {type(shapes).__name__}, want a dict name -> corners (M, 2)")
+    corners = {name: _array(c, f"shapes[{name!r}]", 2) for name, c in shapes.items()}
+    if bad := [name for name, c in {"points": points, **corners}.items() if c.shape[1] != 2]:
+        raise ValueError(f"{bad[0]}: want two columns, the coordinates")
+    _lines(corners, "shapes", most=6)
+    own, ax = ax is None, _axes(ax, 4.2)
+    ax.plot(*points.T, ls="", marker=".", ms=2.5, color="#777777", alpha=0.6, label="true image", zorder=1)
+    for i, (name, c) in enumerate(corners.items()):
+        ring = np.concatenate([c, c[:1]])
+        ax.plot(*ring.T, label=name, lw=2.2, **_line(i) | {"marker": ""})
+    ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1], title=_title(title, data_name))
+    return _legend(ax, grow=own)
+
+
+@_styled
+def bars(labels, values, *, title: str, xlabel: str, data_name: str = "", form: str = "{:.0f}",
+         ax: Axes | None = None) -> Figure:  # fmt: skip
+    """One horizontal bar a label, in the order given from the top, each with its number at its end.
+
+    labels: n texts; values: (n,) numbers >= 0; form: how numbers are written. Raises ValueError otherwise.
+
+    Example:
+        >>> fig = bars(["a", "b"], [12, 3], title="Work", xlabel="seconds")
+    """
+    values = _array(values, "values", 1)
+    if (values < 0).any():
+        raise ValueError(f"values: got {values.min():.4g}, want numbers >= 0")
+    labels = _texts(labels, "labels", len(values))
+    ax = _axes(ax, 1.2 + 0.48 * len(values), grid="x")
+    place = np.arange(len(values))
+    ax.barh(place, values, height=0.62, color=COLOURS[0])
+    for y, value in zip(place, values, strict=True):
+        ax.annotate(form.format(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=10)
+    ax.set_yticks(place, [textwrap.fill(label, 24) for label in labels])
+    ax.set(ylim=(len(values) - 0.5, -0.5), xlim=(0, 1.12 * (values.max() or 1)), xlabel=xlabel,
+           title=_title(title, data_name, 30))  # fmt: skip
+    return ax.figure
+
+
+@_styled
+def before_after(table, *, title: str, xlabel: str, data_name: str = "", mark=None, ax: Axes | None = None) -> Figure:
+    """One line a row from a value before (hollow) to the value after (filled), in the table's order.
+
+    table: columns row (text), before, after, all in the unit of `xlabel`, at most 30 rows. mark: the row to stand out, an
+    index. Raises ValueError for missing columns or values that are not finite.
+
+    Example:
+        >>> table = pd.DataFrame({"row": ["alcohol", "pH"], "before": [0.3, -0.1], "after": [0.0, -0.1]})
+        >>> fig = before_after(table, title="Weights", xlabel="weight", mark=0)
+    """
+    table = _table(table, ("row", "before", "after"))
+    if len(table) > 30:
+        raise ValueError(f"table: got {len(table)} rows, want at most 30")
+    own, ax = ax is None, _axes(ax, 1.1 + 0.27 * len(table), grid="x")
+    y = np.arange(len(table))
+    chosen = np.zeros(len(table), dtype=bool)
+    if mark is not None:
+        chosen[mark] = True
+    for i, (before, after) in enumerate(zip(table["before"], table["after"], strict=True)):
+        colour, width = (COLOURS[2], 3) if chosen[i] else (COLOURS[0], 1.5)
+        ax.plot([before, after], [i, i], ls="-", lw=width, color=colour, marker="")
+    colours = np.where(chosen, COLOURS[2], COLOURS[0])
+    ax.scatter(table["before"], y, s=48, marker="o", facecolors="white", edgecolors=colours, linewidths=2, zorder=3)
+    ax.scatter(table["after"], y, s=42, marker="D", c=colours, zorder=4)
+    ax.axvline(0, color="#666666", lw=1, ls="-", zorder=0)
+    ax.set_yticks(y, [textwrap.shorten(str(row), 24, placeholder="…") for row in table["row"]])
+    ax.set(ylim=(len(table) - 0.5, -0.5), xlabel=xlabel, title=_title(title, data_name, 34))
+    entries = {
+        "before": Line2D([], [], ls="", marker="o", color=COLOURS[0], mfc="white", mew=2),
+        "after": Line2D([], [], ls="", marker="D", color=COLOURS[0]),
+    }
+    return _legend(ax, grow=own, entries=entries)
