@@ -662,3 +662,73 @@ def test_the_examples_in_the_docstrings():
     result = doctest.testmod(data)
     assert result.attempted >= 6
     assert result.failed == 0
+
+
+# ---- tables
+
+TABLES = {
+    "wine_quality": (1599, 11), "spambase": (4601, 57), "compas": (7214, 16), "adult": (48842, 108), "german": (1000, 61),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, shape", [("wine", (178, 13)), ("breast_cancer", (569, 30)), ("diabetes", (442, 10))])
+def test_embedded_tables(name, shape):
+    table = data.load_table(name)
+    assert table.X.shape == shape and table.X.dtype == torch.float64 and len(table) == len(table.y) == shape[0]
+    assert len(table.feature_names) == shape[1] and torch.isfinite(table.X).all()
+    assert table.y.dtype == (torch.int64 if table.classes else torch.float64)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_from_files(name):
+    try:
+        table = data.load_table(name)
+    except FileNotFoundError as error:
+        (pytest.fail if REQUIRED else pytest.skip)(str(error))
+    assert table.X.shape == TABLES[name] and table.X.dtype == torch.float64
+    assert len(table.feature_names) == TABLES[name][1] == len(set(table.feature_names))
+    X, y = table.X.numpy(), table.y
+    if name == "wine_quality":
+        # The well-known regression on this file.
+        A = np.column_stack([X, np.ones(len(X))])
+        theta = np.linalg.lstsq(A, y.numpy(), rcond=None)[0]
+        assert theta[table.column("alcohol")] == pytest.approx(0.2762, abs=1e-4)
+        r2 = 1 - ((A @ theta - y.numpy()) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+        assert r2 == pytest.approx(0.36055170, abs=1e-8)
+    if name == "spambase":
+        assert y.sum() == 1813 and X[0, table.column("word free")] == 0.32 and X[0, table.column("char !")] == 0.778
+    if name == "compas":
+        # ProPublica's counts for African-American defendants: true and false negatives and positives of the score.
+        high, group = X[:, table.column("decile_score")] > 4, X[:, table.column("race=African-American")] == 1
+        counts = [int((group & (high == h) & (y.numpy() == c)).sum()) for h, c in ((0, 0), (1, 0), (0, 1), (1, 1))]
+        assert counts == [990, 805, 532, 1369]
+        assert not {"name", "first", "last", "dob"} & set(table.feature_names)
+    if name == "adult":
+        assert y[:32561].sum() == 7841 and y[32561:].sum() == 3846
+        assert X[0, table.column("age")] == 39 and X[0, table.column("workclass=State-gov")] == 1
+    if name == "german":
+        assert y.sum() == 700 and X[0, table.column("duration")] == 6
+
+
+def test_a_missing_table_is_an_error_with_three_ways_or_a_visible_stand_in(cache, tmp_path, capsys):
+    with pytest.raises(
+        FileNotFoundError, match=r"(?s)winequality-red.csv.*Three ways.*\$TMLCOURSE_DATA.*cache.*embedded"
+    ):
+        data.load_table("wine_quality", root=tmp_path)
+    assert data.load_table("wine_quality", fallback="wine").name == "wine"
+    assert "wine_quality" in (out := capsys.readouterr().out) and "Instead" in out and out.count("\n") == 1
+    for bad in ({"name": "iris"}, {"name": "adult", "fallback": "iris"}):
+        with pytest.raises(ValueError, match="want one of"):
+            data.load_table(**bad)
+    with pytest.raises(ValueError, match="feature"):
+        data.load_table("wine").column("colour")
+
+
+@pytest.mark.parametrize("damage", [lambda rows: rows[:-1], lambda rows: [*rows[:-1], rows[0].replace("7;", "x;", 1)]])
+def test_a_damaged_table_is_named(cache, damage):
+    cache.mkdir(parents=True)
+    rows = [";".join(["7"] * 12)] * 1599
+    header = ";".join(data._TABLES["wine_quality"].columns)
+    (cache / "winequality-red.csv").write_text("\n".join([header, *damage(rows)]))
+    with pytest.raises(ValueError, match="winequality-red.csv.*put back the original"):
+        data.load_table("wine_quality")

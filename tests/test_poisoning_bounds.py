@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from tmlcourse import data
-from tmlcourse.poisoning import bounds, certified_bound, data_dependent, sanitizer, sets
+from tmlcourse.poisoning import (
+    bounds,
+    certified_bound,
+    data_dependent,
+    gradient,
+    gradient_attack,
+    kkt_attack,
+    logistic,
+    sanitizer,
+    scores,
+    sets,
+)
 
 PUBLISHED = {0: 0.029, 0.01: 0.050, 0.02: 0.059, 0.03: 0.062, 0.05: 0.063, 0.1: 0.063, 0.2: 0.063, 0.3: 0.063}
 
@@ -209,6 +220,92 @@ def attacks(x, y, defense, m, seed):
             factor[bad] *= 0.9
             points = centre + factor * (target - centre)
         yield points[~bad], side[~bad]
+
+
+@pytest.mark.parametrize("kind", ["sphere", "both", "box"])
+@settings(max_examples=3)
+@given(seed=st.integers(0, 10_000), eps=st.sampled_from([0.05, 0.2]), logistic_loss=st.booleans())
+def test_no_gradient_attack_and_no_kkt_attack_beats_the_upper_bound(kind, seed, eps, logistic_loss):
+    x, y = two_clouds(n=60, d=6, apart=2.0, seed=seed)
+    loss = "logistic" if logistic_loss else "hinge"
+    defense = sanitizer(x, y, **KINDS[kind])
+    bound = certified_bound(x, y, eps=eps, defense=defense, loss=loss, steps=40)
+    px, py = gradient_attack(x, y, eps=eps, defense=defense, loss=loss, steps=5, points=3)
+    assert len(px) == int(eps * 60) and defense.keeps(px, py).all()
+    assert trained(x, y, px, py, loss) <= bound.upper + 1e-9
+    px, py = kkt_poison(x, y, int(eps * 60), defense)
+    assert defense.keeps(px, py).all()
+    assert trained(x, y, px, py, loss) <= bound.upper + 1e-9
+
+
+def kkt_poison(x, y, m, defense):
+    """Points that the KKT attack moves against logistic regression in the ball, then brought inside the defence."""
+    side = torch.arange(m) % 2
+    signs = 2.0 * torch.cat([y, side]) - 1
+    risk = lambda model: -torch.nn.functional.softplus(-signs[: len(x)] * scores(model, x)).mean()  # noqa: E731
+    frozen = torch.arange(len(x) + m) < len(x)
+    found = kkt_attack(logistic(0.0, radius=1.0), torch.cat([x, defense.centroids[side]]), signs, risk,
+                       frozen_rows=frozen, box=(-6.0, 6.0), effort=0.0, steps=4)  # fmt: skip
+    return gradient._allowed(defense, found.X[len(x) :], side), side
+
+
+@pytest.mark.parametrize("loss", ["hinge", "logistic"])
+def test_the_gradient_attack_climbs_the_gradient_of_the_retrained_learner(loss):
+    x, y = two_clouds(n=80, d=4, apart=2.0)
+    clean = torch.cat([x, torch.ones(80, 1)], 1) * (2 * y[:, None] - 1)
+    gen = torch.Generator().manual_seed(1)
+    poison, way = (torch.randn(4, 5, generator=gen, dtype=torch.float64) for _ in range(2))
+    weight = torch.full((4,), 3.0, dtype=torch.float64)
+
+    def retrained(rows):
+        theta = torch.zeros(5, dtype=torch.float64)
+        for _ in range(2):
+            theta = gradient._learn(clean, rows, weight, theta, 1.0, loss)
+        return gradient._climb(clean, rows, weight, theta, 1.0, loss)
+
+    slope = float((retrained(poison)[1] * way).sum())
+    measured = (retrained(poison + 1e-4 * way)[0] - retrained(poison - 1e-4 * way)[0]) / 2e-4
+    assert slope == pytest.approx(measured, rel=1e-3)
+
+
+def ranking(x, y, rho, steps):
+    """Clean loss of the learner after the game's attack, the gradient attack and flipped labels, and with no poison."""
+    defense, m = sanitizer(x, y), int(0.05 * len(x))
+    game = certified_bound(x, y, eps=0.05, defense=defense, rho=rho, steps=150)
+    px, py = gradient_attack(x, y, eps=0.05, defense=defense, rho=rho, steps=steps)
+    flips = defense.keeps(x, 8 - y).nonzero().squeeze(1)
+    index = flips.repeat(m)[:m]
+
+    def clean_loss(points, labels):
+        both = torch.cat([x, points]), torch.cat([y, labels])
+        bound = certified_bound(*both, eps=0, defense=sanitizer(*both, quantile=1.0), rho=rho, steps=50)
+        return bound.test(x, y)[0]
+
+    return game.clean_loss, clean_loss(px, py), clean_loss(x[index], 8 - y[index]), clean_loss(x[:0], y[:0])
+
+
+def test_the_games_attack_is_above_the_gradient_attack_above_flips(mnist_train):
+    x, y = (v[:1500] for v in mnist_train)
+    game, by_gradient, flips, none = ranking(x, y, math.sqrt(0.8), steps=5)
+    assert game > by_gradient > flips >= 0.99 * none
+
+
+def test_the_gradient_attack_hurts_the_embedded_digits_too(digits):
+    game, by_gradient, _, none = ranking(*digits, 1.0, steps=5)
+    assert game > 0.99 * by_gradient > none
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"eps": 1.0}, "eps: got 1.0"),
+    ({"defense": None}, "defense: want"),
+    ({"loss": "squared"}, "loss: got"),
+    ({"rho": 0}, "rho: got 0"),
+    ({"steps": 0}, "steps: got 0"),
+])  # fmt: skip
+def test_the_gradient_attack_names_bad_input(change, message):
+    x, y = two_clouds()
+    with pytest.raises(ValueError, match=message):
+        gradient_attack(**({"x": x, "y": y, "eps": 0.1, "defense": sanitizer(x, y)} | change))
 
 
 def trained(x, y, px, py, loss):

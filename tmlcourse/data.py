@@ -29,6 +29,7 @@ _SPLITS = ("train", "test")
 _SHAPES_SIZE = {"train": 10_000, "test": 2_000}
 _CHUNK = 512  # images drawn from one generator: image i depends on (seed, split, i) alone, whatever n is
 _DIGITS = tuple("0123456789")
+_EMBEDDED = ("wine", "breast_cancer", "diabetes")
 _RESIZED = {"digits-28x28": (1, 28, 28), "digits-32x32": (3, 32, 32)}
 
 
@@ -48,6 +49,81 @@ _VISION = {
     "cifar10": _Vision("CIFAR10", "cifar-10-batches-py", (3, 32, 32), (
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")),
 }  # fmt: skip
+
+
+class _File(NamedTuple):
+    """A table's files, what to ask for, its columns in file order ("*" before text), which is y, the two classes."""
+
+    files: tuple[str, ...]
+    source: str
+    rows: int
+    columns: tuple[str, ...]
+    y: str
+    classes: tuple[str, ...] = ()
+    positive: str = ""
+    options: dict = {}
+
+
+_WORDS = (
+    "make address all 3d our over remove internet order mail receive will people report addresses free business email "
+    "you credit your font 000 money hp hpl george 650 lab labs telnet 857 data 415 85 technology 1999 parts pm direct cs "
+    "meeting original project re edu table conference"
+)
+_SPACED = {"skipinitialspace": True}
+_TABLES = {
+    "wine_quality": _File(
+        ("winequality-red.csv",), "UCI Wine Quality (Cortez et al. 2009)", 1599, (
+            "fixed acidity", "volatile acidity", "citric acid", "residual sugar", "chlorides", "free sulfur dioxide",
+            "total sulfur dioxide", "density", "pH", "sulphates", "alcohol", "quality"),
+        "quality", options={"sep": ";", "header": 0}),
+    "spambase": _File(
+        ("spambase.data",), "UCI Spambase (Hopkins et al. 1999)", 4601, (
+            *(f"word {word}" for word in _WORDS.split()), *(f"char {char}" for char in ";([!$#"),
+            "capital run mean", "capital run longest", "capital run total", "spam"),
+        "spam", ("not spam", "spam"), "1"),
+    "compas": _File(
+        ("compas-scores-two-years.csv",), "ProPublica's compas-analysis (Angwin et al. 2016)", 7214, (
+            "*sex", "age", "*race", "juv_fel_count", "decile_score", "juv_misd_count", "juv_other_count", "priors_count",
+            "*c_charge_degree", "two_year_recid"),
+        "two_year_recid", ("no new charge", "new charge"), "1", {"header": 0}),
+    "adult": _File(
+        ("adult.data", "adult.test"), "UCI Adult (Becker & Kohavi 1996)", 48842, (
+            "age", "*workclass", "fnlwgt", "*education", "education-num", "*marital-status", "*occupation",
+            "*relationship", "*race", "*sex", "capital-gain", "capital-loss", "hours-per-week", "*native-country",
+            "income"),
+        "income", ("<=50K", ">50K"), ">50K", _SPACED | {"comment": "|"}),
+    "german": _File(
+        ("german.data",), "UCI Statlog German Credit (Hofmann 1994)", 1000, (
+            "*checking", "duration", "*history", "*purpose", "amount", "*savings", "*employment", "rate",
+            "*personal status and sex", "*debtors", "residence", "*property", "age", "*other plans", "*housing",
+            "credits", "*job", "liable", "*telephone", "*foreign", "risk"),
+        "risk", ("bad", "good"), "1", {"sep": " "}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows `X` float64 (n, d) in the table's own units, `y` (n,), `feature_names` of the columns, a `name` for figures.
+
+    `y` is int64, an index into `classes`, or float64 where `classes` is empty (regression).
+
+    >>> load_table("wine").X.shape
+    torch.Size([178, 13])
+    """
+
+    X: Tensor
+    y: Tensor
+    feature_names: tuple[str, ...]
+    name: str
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    def column(self, feature: str) -> int:
+        """The index of a feature. Raises ValueError for a name that is not there."""
+        checks.choice(feature, "feature", self.feature_names)
+        return self.feature_names.index(feature)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +241,95 @@ def load(
     x = torch.from_numpy(x[:count])
     x = x.permute(0, 3, 1, 2).contiguous() if x.dim() == 4 else x.unsqueeze(1)
     return Dataset(x.float().div_(255), torch.from_numpy(y[:count].astype(np.int64)), classes, name)
+
+
+def load_table(name: str, *, fallback: str | None = None, root: str | Path | None = None) -> Table:
+    """A table of numbers, one row an example, all rows in file order and nothing left out.
+
+    Embedded in scikit-learn: "wine" (178 x 13, three classes), "breast_cancer" (569 x 30, two), "diabetes" (442 x 10,
+    regression). Read from a file in `root`, in $TMLCOURSE_DATA or in the cache:
+
+    - "wine_quality": `winequality-red.csv`, 1,599 x 11; y is the graded quality, a number.
+    - "spambase": `spambase.data`, 4,601 x 57 frequencies; y = 1 is spam.
+    - "compas": `compas-scores-two-years.csv`, 7,214 rows; y = 1 is a new charge in two years. Only the columns that the
+      analysis needs are read; names, birth dates and case numbers of the people in it never are.
+    - "adult": `adult.data` and after it `adult.test`, 32,561 + 16,281 rows; y = 1 is an income above 50K.
+    - "german": `german.data`, 1,000 rows; y = 1 is a good credit risk.
+
+    A column of text becomes one column of zeros and ones for each of its values ("sex=Male"; a missing one is "?").
+    `fallback`, an embedded table, stands in for a missing file and prints one line that says so.
+
+    Raises ValueError for an unknown name or a damaged file; FileNotFoundError, with the ways to get the data.
+    Sources: Cortez et al. 2009; Hopkins et al. 1999; Angwin et al. 2016; Becker & Kohavi 1996; Hofmann 1994.
+
+    >>> table = load_table("breast_cancer")
+    >>> table.X.shape, table.y.unique(), table.classes
+    (torch.Size([569, 30]), tensor([0, 1]), ('malignant', 'benign'))
+    """
+    checks.choice(name, "name", (*_EMBEDDED, *_TABLES))
+    if fallback is not None:
+        checks.choice(fallback, "fallback", _EMBEDDED)
+    if name in _EMBEDDED:
+        return _embedded(name)
+    table = _TABLES[name]
+    given = [folder for folder in (root, os.environ.get("TMLCOURSE_DATA")) if folder]
+    folders = [Path(folder).expanduser() for folder in given] + [cache_folder()]
+    for folder in folders:
+        if all(os.path.exists(folder / file) for file in table.files):
+            return _read_table(name, table, [folder / file for file in table.files])
+    wanted = " and ".join(table.files)
+    if fallback is None:
+        raise FileNotFoundError(
+            textwrap.dedent(f"""\
+            {name}: no {wanted} in {", ".join(map(str, folders))}
+            Three ways to go on:
+              1. get {table.source} and put {wanted} in a folder named by $TMLCOURSE_DATA or root=;
+              2. put the same into the cache, {folders[-1]};
+              3. use an embedded table instead: one of {", ".join(_EMBEDDED)} as name, or as fallback=.""")
+        )
+    print(f"tmlcourse: {name} ({wanted}) is not here. Instead: the embedded table {fallback!r}; what follows shows it, "
+          f"not {name}.")  # fmt: skip
+    return _embedded(fallback)
+
+
+def _embedded(name: str) -> Table:
+    from sklearn import datasets  # takes a second: only when it is needed
+
+    options = {"scaled": False} if name == "diabetes" else {}
+    bunch = getattr(datasets, f"load_{name}")(**options)
+    classes = tuple(map(str, bunch.get("target_names", ())))
+    y = torch.from_numpy(bunch.target).to(torch.int64 if classes else torch.float64)
+    return Table(torch.from_numpy(bunch.data).double(), y, tuple(map(str, bunch.feature_names)), name, classes)
+
+
+def _read_table(name: str, table: _File, paths: list[Path]) -> Table:
+    import pandas as pd
+
+    columns = [column.removeprefix("*") for column in table.columns]
+    options = {"header": None} | table.options
+    if options["header"] is None:
+        options["names"] = columns
+    text = [column.removeprefix("*") for column in table.columns if column.startswith("*")] + [table.y]
+    parts = []
+    for path in paths:
+        try:
+            part = pd.read_csv(path, usecols=columns, dtype=dict.fromkeys(text, str), keep_default_na=False, **options)
+            parts.append(part[columns])
+        except Exception as cause:  # pandas raises a dozen kinds for damaged files
+            raise ValueError(f"{path}: cannot be read ({_one_line(cause, 200)}); put back the original") from cause
+    frame = pd.concat(parts, ignore_index=True)
+    if len(frame) != table.rows:
+        raise ValueError(f"{paths[0]}: got {len(frame)} rows, want {table.rows}; put back the original")
+    target = frame.pop(table.y).str.rstrip(".")
+    if table.classes:
+        y = torch.from_numpy((target == table.positive).to_numpy().astype(np.int64))
+    else:
+        y = torch.from_numpy(pd.to_numeric(target, errors="coerce").to_numpy(dtype=np.float64))
+    frame = pd.get_dummies(frame, columns=[t for t in text if t != table.y], prefix_sep="=", dtype=np.float64)
+    X = torch.from_numpy(frame.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64).copy())
+    if not (torch.isfinite(X).all() and torch.isfinite(y).all()):
+        raise ValueError(f"{paths[0]}: got a cell that is not a number; put back the original")
+    return Table(X, y, tuple(frame.columns), name, table.classes)
 
 
 def shapes(n: int, split: str = "test", *, seed: int = 0, cue: float = 0.0, cue_label: str = "true") -> Dataset:
