@@ -357,7 +357,7 @@ def test_the_gradient_attack_on_responses_never_beats_the_optimum_and_comes_near
     assert gain(clean, found.risk, best.low) >= 0.95
 
 
-@pytest.mark.parametrize("seed", [2])
+@pytest.mark.parametrize("seed", [1, 4, 7])
 def test_flips_never_beat_the_optimum_and_come_near(seed):
     gen = torch.Generator().manual_seed(seed)
     y = torch.where(torch.arange(10) % 2 == 0, 1.0, -1.0).double()

@@ -143,8 +143,8 @@ class L2(_Ball):
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """The nearest point of the set: x + clip(s delta, box), with the largest s <= 1 that keeps the norm at eps.
 
-        ||clip(s delta)||^2 = s^2 sum_free delta_i^2 + sum_clipped room_i^2 grows with s. Solving it with too few pixels clipped
-        gives an s below the right one, at which the right pixels only can be clipped: s rises to its exact value in few steps.
+        ||clip(s delta)||^2 = s^2 sum_free delta_i^2 + sum_clipped room_i^2 grows with s. Solved with too few pixels clipped,
+        it gives an s that is too small, at which only the right pixels can be clipped: s rises to its value in few steps.
         """
         delta = x_adv - x
         if self.box is None:

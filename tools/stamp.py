@@ -3,8 +3,8 @@
 
 usage: stamp.py [--check] [--ref COMMIT] [--branch BRANCH]
 
-The setup cell of every chapter and homework installs the package on Colab from that address; the README, the opening page, the
-licence of the text and CITATION.cff link to it. A notebook cannot hold its own commit, so publishing stamps a copy:
+The setup cell of every chapter and homework installs the package on Colab from that address; the README, the opening
+page, the licence of the text and CITATION.cff link to it. A notebook cannot hold its own commit, so publishing stamps a copy:
 `--ref` is what its setup cells install (the branch otherwise), `--branch` is where its Colab buttons point.
 """
 

@@ -75,6 +75,7 @@ class _Search:
     def __init__(self, learner, rows, signs, risk, price: float, tries: int):
         self.learner, self.rows, self.signs, self.risk = learner, rows, signs, risk
         self.price, self.tries, self.seen = price, tries, {}
+        self.clean = torch.zeros_like(signs, dtype=torch.bool)
 
     def train(self, flipped: Tensor):
         """(objective, fit); infinite where a class has no example left."""
@@ -86,6 +87,9 @@ class _Search:
             solved = _fit(self.learner, self.rows, y, None)
             self.seen[key] = float(self.risk(solved.model)) + self.price * int(flipped.sum()), solved
         return self.seen[key]
+
+    def value(self, flipped: Tensor) -> float:
+        return self.train(flipped)[0]
 
     def promising(self, flipped: Tensor) -> list[int]:
         """Further flips that promise most, by the gradient."""
@@ -102,31 +106,33 @@ class _Search:
             new = flipped.clone()
             new[list(indices)] ^= True
             found.append(new)
-        return min(found, key=lambda f: self.train(f)[0])
+        return min(found, key=self.value)
 
-    def climb(self, count: int) -> Tensor:
-        """Flip one after the other, whether or not one alone helps; the best number of flips is kept."""
-        flipped = best = torch.zeros_like(self.signs, dtype=torch.bool)
+    def climb(self, count: int, width: int = 3) -> Tensor:
+        """Flip one after the other, whether or not one alone helps, from the `width` best sets so far; the best set met."""
+        best, beam = self.clean, [self.clean]
         for _ in progress.bar(range(count), desc="label flips"):
-            changes = self.promising(flipped)
-            if not changes:
+            longer = {}
+            for flipped in beam:
+                for i in self.promising(flipped):
+                    new = flipped.clone()
+                    new[i] = True
+                    longer[new.cpu().numpy().tobytes()] = new
+            if not longer:
                 break
-            options = [self.best(flipped, [(i,)]) for i in changes]
-            moved = [o for o in options if not o.equal(flipped)]
-            first = flipped.clone()
-            first[changes[0]] = True
-            flipped = min(moved or [first], key=lambda f: self.train(f)[0])
-            best = min(best, flipped, key=lambda f: self.train(f)[0])
+            beam = sorted(longer.values(), key=self.value)[:width]
+            best = min(best, beam[0], key=self.value)
         return best
 
-    def exchange(self, flipped: Tensor, rounds: int) -> Tensor:
-        """Take back single flips or exchange them while that helps."""
+    def exchange(self, flipped: Tensor, rounds: int, guides) -> Tensor:
+        """Take back single flips or exchange them, for what the guides find promising, while that helps."""
         for _ in range(rounds):
             changes = []
             for i in flipped.nonzero().squeeze(1).tolist():
                 without = flipped.clone()
                 without[i] = False
-                changes += [(i,)] + [(i, j) for j in self.promising(without) if j != i]
+                others = {j for guide in guides for j in guide.promising(without)} - {i}
+                changes += [(i,), *((i, j) for j in sorted(others))]
             best = self.best(flipped, changes)
             if best.equal(flipped):
                 break
@@ -136,7 +142,7 @@ class _Search:
 
 def _worst_flips(learner, rows, signs, risk, count: int, price: float, tries: int) -> Tensor:
     """The smoother stages of a learner with kinks show the way; the learner itself decides."""
-    search = _Search(learner, rows, signs, risk, price, tries)
-    starts = [_Search(stage, rows, signs, risk, price, tries).climb(count) for stage in learner.stages[:3]]
-    starts.append(search.climb(count))
-    return search.exchange(min(starts, key=lambda f: search.train(f)[0]), rounds=min(count, 5))
+    guides = [_Search(stage, rows, signs, risk, price, tries) for stage in (*learner.stages[:3], learner)]
+    search = guides[-1]
+    found = [search.exchange(guide.climb(count), min(count, 5), guides) for guide in guides]
+    return min(found, key=search.value)
