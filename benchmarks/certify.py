@@ -9,6 +9,7 @@ products a layer, each as the median ratio over rounds taken in turn. Programs: 
 
 import argparse
 import functools
+import importlib.util
 import platform
 import statistics
 import time
@@ -103,6 +104,48 @@ def textbook(model, x, y, eps, limit):
     return "robust"
 
 
+def marabou(model, x, y, eps, limit):
+    """Marabou's answer, one query a rival ("is z_rival >= z_y possible?"); "robust", "vulnerable" or "unknown"."""
+    from maraboupy import Marabou, MarabouCore
+
+    began, verdict = time.perf_counter(), "robust"
+    layers = [(m.weight.detach().double().tolist(), m.bias.detach().double().tolist()) for m in linears(model)]
+    for rival in (j for j in range(len(layers[-1][1])) if j != y):
+        query = Marabou.InputQuery()
+        query.setNumberOfVariables(x.numel() + 2 * sum(len(b) for _, b in layers))
+        for i, (a, b) in enumerate(zip((x - eps).clamp(0, 1).flatten(), (x + eps).clamp(0, 1).flatten(), strict=True)):
+            query.setLowerBound(i, float(a))
+            query.setUpperBound(i, float(b))
+            query.markInputVariable(i, i)
+        z, free = list(range(x.numel())), x.numel()
+
+        def equation(kind, terms, scalar, query=query):
+            row = MarabouCore.Equation(kind)
+            for c, v in terms:
+                row.addAddend(c, v)
+            row.setScalar(scalar)
+            query.addEquation(row)
+
+        for k, (weight, bias) in enumerate(layers):
+            before = list(range(free, free + len(bias)))
+            after, free = [v + len(bias) for v in before], free + 2 * len(bias)
+            for w, b, v in zip(weight, bias, before, strict=True):
+                equation(MarabouCore.Equation.EQ, [*zip(w, z, strict=True), (-1.0, v)], -b)
+            if k < len(layers) - 1:
+                for v, r in zip(before, after, strict=True):
+                    MarabouCore.addReluConstraint(query, v, r)
+            z = after if k < len(layers) - 1 else before
+        equation(MarabouCore.Equation.GE, [(1.0, z[rival]), (-1.0, z[y])], 0.0)
+        left = limit - (time.perf_counter() - began)
+        if left < 1:
+            return "unknown"
+        exit_code, _, _ = MarabouCore.solve(query, Marabou.createOptions(timeoutInSeconds=int(left), verbosity=0), "")
+        if exit_code == "sat":
+            return "vulnerable"
+        verdict = verdict if exit_code == "unsat" else "unknown"
+    return verdict
+
+
 def in_turn(contestants, rounds):
     """Median seconds and median ratio to the first contestant, over rounds in which each runs once."""
     seconds = {name: [] for name in contestants}
@@ -171,6 +214,18 @@ def main():
         print(f"  textbook, CBC    {theirs:8.1f} s   " + ", ".join(f"{book.count(s)} {s}" for s in sorted(set(book))))
         assert all(a == b for a, b in zip(ours, book, strict=True) if "unknown" not in (a, b)), (ours, book)
         print(f"  textbook / tmlcourse: {theirs / mine:.1f}")
+        if importlib.util.find_spec("maraboupy"):
+            few = [i for i in range(options.programs)][:5]
+            began = time.perf_counter()
+            peer = [marabou(net, x[i], int(y[i]), 0.1, options.limit) for i in few]
+            theirs = time.perf_counter() - began
+            print(
+                f"  Marabou          {theirs:8.1f} s   " + ", ".join(f"{peer.count(s)} {s}" for s in sorted(set(peer)))
+            )
+            began = time.perf_counter()
+            verify(net, x[few], y[few], 0.1, time_limit=options.limit)
+            print(f"  the same {len(few)} images, tmlcourse: {time.perf_counter() - began:.1f} s")
+            assert all(a == b for a, b in zip(ours, peer, strict=False) if "unknown" not in (a, b)), (ours, peer)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import importlib
 import itertools
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import joblib
@@ -17,12 +19,13 @@ from torch import nn
 from tmlcourse import data, models, pretrained
 from tmlcourse.attacks import pgd
 from tmlcourse.certify import bounds as bounds_module
-from tmlcourse.certify import linear_program, margins, neuron_bounds, verify
+from tmlcourse.certify import distortion, linear_program, margins, neuron_bounds, shipped_table, summary, tally, verify
 from tmlcourse.certify.branch import branch
 from tmlcourse.certify.network import read
 from tmlcourse.threat import Linf
 
 verify_module = importlib.import_module("tmlcourse.certify.verify")  # its name in the package is the function's
+summary_module = importlib.import_module("tmlcourse.certify.summary")
 
 CHEAP = ("ibp", "crown-ibp", "crown", "dual", "alpha-crown")
 
@@ -96,6 +99,28 @@ def test_no_point_of_the_ball_beats_a_bound(kind, seed, eps, scale, single, cut)
             size = 1e-12 * (1 + values.abs().amax())
             assert (low.double() <= values.amin(0) + size).all(), method
             assert (high.double() >= values.amax(0) - size).all(), method
+
+
+def test_rounding_never_tightens_an_interval():
+    """Each step alone, in float32 against the exact one: without outward slack half of all bounds would be too tight."""
+    y = torch.arange(16) % 10
+    for seed in range(4):
+        model = models.mlp((1, 6, 6), hidden=(64,), seed=seed)
+        x = images(16, seed, (1, 6, 6), torch.float32)
+        first, last = read(model, x).blocks
+        for radius in (0.0, 1e-6, 0.1):
+            region = bounds_module.Box(x, torch.full_like(x, radius))
+            wide = bounds_module.Box(x.double(), region.radius.double())
+            (low, high), layer = bounds_module._interval(first, region), first.layers[-1]
+            c, r = layer.weight.double() @ wide.flat.centre.mT, layer.weight.double().abs() @ wide.flat.radius.mT
+            assert (low.double().mT <= c - r + layer.bias.double()[:, None]).all()
+            assert (high.double().mT >= c + r + layer.bias.double()[:, None]).all()
+            inner, layer = bounds_module._after(first, low, high), last.layers[-1]
+            found = bounds_module._differences(layer, inner, y).double()
+            apart = (layer.weight[y][:, None] - layer.weight.double()).flatten(0, 1).unflatten(0, (16, 10))
+            exact = (apart * inner.centre.double()[:, None] - apart.abs() * inner.radius.double()[:, None]).sum(2)
+            exact = exact + layer.bias.double()[y][:, None] - layer.bias.double()
+            assert (found <= exact + 1e-15).all() and (found >= exact - 1e-4).all()
 
 
 def _inputs_of_activations(model, x):
@@ -217,14 +242,19 @@ def test_the_triangle_is_the_hull_of_a_relu():
 
 @pytest.mark.parametrize("kind", ["mlp", "conv", "normed"])
 def test_the_dual_with_optimised_slopes_equals_the_linear_program(kind):
-    """And with the paper's fixed slope u / (u - l) it is below, strictly on most."""
+    """And with the paper's fixed slope u / (u - l) it is below, strictly on most.
+
+    The MLP of seed 1 has its optimum on a ridge, which takes an optimiser of slopes thousands of steps to climb.
+    """
     strict = 0
-    for seed in (0, 2, 3):
+    for seed in (0, 1, 2, 3):
         model, x = net(kind, seed), images(2, seed)
         y = model(x).argmax(1)
         given = neuron_bounds(model, x, 0.15, method="dual")
         lp = margins(model, x, y, 0.15, method="lp", bounds=given)
-        best = margins(model, x, y, 0.15, method="alpha-crown", bounds=given, steps=500)
+        best = margins(
+            model, x, y, 0.15, method="alpha-crown", bounds=given, steps=4000 if (kind, seed) == ("mlp", 1) else 500
+        )
         fixed = margins(model, x, y, 0.15, method="dual", bounds=given)
         assert (best <= lp + 1e-8).all() and (fixed <= lp + 1e-8).all()
         assert torch.allclose(best, lp, atol=1e-5), (best - lp).abs().max()
@@ -255,6 +285,28 @@ def test_the_exact_answer_does_not_depend_on_valid_bounds_and_only_unsure_neuron
         program = linear_program.build(network, linear_program.matrices(network), region, given, integer=True)
         assert sum(program.binary) == sum(int(((a < 0) & (b > 0)).sum()) for a, b in given) > 0
     assert torch.allclose(answers[0], answers[1], atol=1e-5) and torch.allclose(answers[0], answers[2], atol=1e-5)
+
+
+def test_the_exact_program_starts_from_the_best_point_that_an_attack_finds(monkeypatch):
+    """Not from that of the relaxation, whose image is often a poor one; and the start is feasible, so the solver takes it."""
+    model, x = net("mlp", 3), images(1, 3)
+    y, starts = model(x).argmax(1), []
+    original = linear_program.Solver.minimise
+
+    def spy(self, cost, const=0.0, *, start=None, **options):
+        if start is not None:
+            left, point = self.a @ start, float(np.pad(cost, (0, len(start) - len(cost))) @ start + const)
+            assert (left >= self.row_low - 1e-6).all() and (left <= self.row_high + 1e-6).all()
+            starts.append((point, original(self, cost, const, start=start, **options)))
+            return starts[-1][1]
+        return original(self, cost, const, **options)
+
+    monkeypatch.setattr(linear_program.Solver, "minimise", spy)
+    exact = margins(model, x, y, 0.2, method="mip")
+    rivals = [j for j in range(3) if j != int(y)]
+    for (point, _), j in zip(starts, rivals, strict=True):
+        assert exact[0, j] - 1e-6 <= point <= gaps(model, x, y)[0, j]
+        assert point <= gaps(model, pgd(model, x, y, Linf(0.2), steps=10, random_start=False), y)[0, j] + 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -477,6 +529,9 @@ def test_a_sweep_goes_on_where_it_stopped(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(verify_module, "_job", lambda i, *args: (done.append(i), original(i, *args))[1])
     again = verify(model, x, y, eps, resume=path)
     assert len(done) == 1 and [v.status for v in again] == [v.status for v in first]
+    with pytest.warns(UserWarning, match="could not write"):
+        unwritten = verify(model, x, y, eps, resume=tmp_path / "no" / "folder.jsonl")
+    assert [v.status for v in unwritten] == [v.status for v in first]
 
 
 def test_when_time_ends_or_a_solver_fails_or_someone_interrupts_the_rest_is_unknown(digits, monkeypatch):
@@ -580,3 +635,211 @@ def test_small_cnn_with_pooling_is_certified_at_a_tiny_radius():
     low, clean = [margins(model, x, y, 1e-4, method=method) for method in ("ibp", "crown")], gaps(model, x, y)
     assert (low[0] <= low[1] + 1e-9).all() and (low[1] <= clean).all()
     assert (low[1].scatter(1, y[:, None], 1) > 0).all()
+
+
+# --- the minimum distortion, tables, and other machines -----------------------------------------------------------------
+
+
+def check_distortion(model, x, y, found, box=(0.0, 1.0)):
+    """What a bracket says is so."""
+    assert 0 <= found.low <= found.high and found.seconds >= 0
+    if found.counterexample is None:
+        assert found.high == np.inf
+        return
+    point = found.counterexample
+    assert point.shape == x.shape and point.dtype == x.dtype
+    assert (point.double() - x.double()).abs().max().item() == found.high
+    assert box is None or (point.min() >= box[0] and point.max() <= box[1])
+    assert model(point[None]).argmax(1).item() != int(y)
+
+
+@pytest.mark.parametrize("classes, box", [(4, None), (4, (0.0, 1.0)), (2, (0.0, 1.0))])
+def test_the_distortion_of_a_linear_model_is_its_distance_in_the_maximum_norm(classes, box):
+    """Without a box (z_y - z_j) / ||w_y - w_j||_1; with one, where the piecewise linear margin crosses 0."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, classes)).double().eval(), images(5)
+    y, w = model(x).argmax(1), model[1].weight.detach()
+    for i, found in enumerate(distortion(model, x, y, box=box, tolerance=1e-5)):
+        check_distortion(model, x[i], y[i], found, box)
+        truth = np.inf
+        for j in set(range(classes)) - {int(y[i])}:
+            away = -(w[y[i]] - w[j])
+            room = (
+                torch.full_like(away, np.inf)
+                if box is None
+                else torch.where(away > 0, 1 - x[i].flatten(), x[i].flatten())
+            )
+            gap, r = gaps(model, x[i : i + 1], y[i : i + 1])[0, j].item(), 0.0
+            for stop in sorted({*room.tolist(), 9e9}):
+                slope = away.abs()[room > r].sum().item()
+                if slope * (min(stop, 9e8) - r) >= gap:
+                    truth = min(truth, r + gap / slope)
+                    break
+                gap, r = gap - slope * (stop - r), stop
+        assert found.low <= truth <= found.high or found.low == 1.0 <= truth
+        assert found.high - found.low < 1e-3 or truth > 1
+
+
+@settings(max_examples=5)
+@given(st.sampled_from(("mlp", "conv", "pool")), st.integers(0, 10**6), st.booleans())
+def test_the_distortion_brackets_the_exact_crossing(kind, seed, single):
+    dtype = torch.float32 if single else torch.float64
+    model, x = net(kind, seed, dtype=dtype), images(2, seed, dtype=dtype)
+    y = model(x).argmax(1)
+    for i, found in enumerate(distortion(model, x, y, tolerance=5e-3)):
+        one = slice(i, i + 1)
+        check_distortion(model, x[i], y[i], found)
+        worst = [margins(model, x[one], y[one], eps, method="mip").scatter(1, y[one, None], torch.inf).amin().item()
+                 for eps in (found.low, min(found.high, 1.0))]  # fmt: skip
+        assert worst[0] > -1e-5 and (found.high == np.inf or worst[1] < 1e-5)
+        assert found.high - found.low <= 5e-3 + 1e-6 or found.low == 1.0
+
+
+def test_distortions_of_digits(digits, monkeypatch):
+    """Against `verify` at both ends; misclassified images have 0; without time the brackets are wide and right."""
+    model, x, y, _ = digits
+    some = [0, 1, 2, 3, 8, 9]
+    with joblib.parallel_config("threading"):
+        found = distortion(model, x[some], y[some], tolerance=2e-3, n_jobs=2)
+    hasty = distortion(model, x[some], y[some], time_limit=0.0)
+    wrong = model(x[some]).argmax(1) != y[some]
+    assert wrong.any() and not wrong.all()
+    for i, bracket, first in zip(some, found, hasty, strict=True):
+        check_distortion(model, x[i], y[i], bracket)
+        check_distortion(model, x[i], y[i], first)
+        assert first.low <= bracket.high and bracket.low <= first.high
+        if model(x[i : i + 1]).argmax(1) != y[i]:
+            assert bracket.low == bracket.high == 0
+            continue
+        assert bracket.high - bracket.low <= 2e-3
+        for eps, status in ((0.999 * bracket.low, "robust"), (1.001 * bracket.high, "vulnerable")):
+            assert verify(model, x[i : i + 1], y[i : i + 1], eps)[0].status == status
+    module = importlib.import_module("tmlcourse.certify.distortion")
+
+    def broken(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "decide", broken)
+    with pytest.warns(UserWarning, match="distortion: the solver failed on image"):
+        left = distortion(model, x[some], y[some])
+    assert [(d.low, d.high) for d in left] == [(d.low, d.high) for d in hasty]
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "in_parallel", interrupted)
+    with pytest.warns(UserWarning, match="distortion was interrupted"):
+        assert [d.low for d in distortion(model, x[some], y[some])] == [d.low for d in hasty]
+
+
+def test_a_classifier_that_never_errs_has_no_distortion():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).double().eval()
+    model[1].weight.data.zero_(), model[1].bias.data.copy_(torch.tensor([1.0, 0]))
+    right, wrong = distortion(model, images(2), torch.tensor([0, 1]))
+    assert (right.low, right.high, right.counterexample) == (1.0, np.inf, None) and (wrong.low, wrong.high) == (0, 0)
+    bad = {"tolerance": 0, "time_limit": -1, "n_jobs": 0, "y": torch.tensor([0, 7]), "solver": "NONE"}
+    for name, value in bad.items():
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            distortion(**({"model": model, "x": images(2), "y": torch.tensor([0, 1])} | {name: value}))
+
+
+def test_the_summary_is_what_its_parts_say(digits):
+    model, x, y, eps = digits
+    test = data.load("digits")
+    verdicts = verify(model, x, y, eps)
+    (row,) = summary(model, test, eps, n=24, methods=("ibp", "crown", "lp")).to_dict("records")
+    assert row["images"] == 24 and row["eps"] == eps and row["seconds"] > 0
+    assert row["clean"] == pytest.approx((model(x).argmax(1) == y).double().mean().item())
+    truth = sum(v.status == "robust" for v in verdicts) / 24
+    assert row["exact_low"] == pytest.approx(truth) and row["exact_high"] == pytest.approx(truth)
+    assert max(row[m] for m in ("ibp", "crown", "lp")) <= truth <= row["attacked"] + 1e-9 <= row["clean"] + 1e-9
+    given = summary(model, test, eps, n=24, methods=(), verdicts=verdicts).iloc[0]
+    assert given.exact_low == row["exact_low"] and given.seconds == sum(v.seconds for v in verdicts)
+    hasty = summary(model, test, eps, n=24, methods=(), time_limit=0.0).iloc[0]
+    assert (
+        hasty.exact_low <= truth <= hasty.exact_high + 1e-9 <= hasty.attacked + 2e-9
+        and hasty.exact_low < hasty.exact_high
+    )
+    table = tally(verdicts)
+    assert table.images.sum() == 24 and table.seconds.sum() == pytest.approx(given.seconds)
+    assert set(zip(table.method, table.status, strict=True)) == {(v.method, v.status) for v in verdicts}
+    assert table["mean"].is_monotonic_increasing and (table.slowest >= table["mean"]).all()
+    for change, message in (({"verdicts": verdicts[:3]}, "verdicts: got 3"), ({"methods": ("best",)}, "methods: got 'best'"),
+                            ({"n": 0}, "n: got 0")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            summary(**({"model": model, "data": test, "eps": eps, "n": 24} | change))
+
+
+def test_shipped_tables_are_whole():
+    with pytest.raises(ValueError, match="name: got 'none'"):
+        shipped_table("none")
+    for path in summary_module.TABLES.glob("*.csv.gz"):
+        table = shipped_table(path.name.removesuffix(".csv.gz"))
+        assert table.image.tolist() == list(range(len(table)))
+        vulnerable = table.status == "vulnerable"
+        assert not (table.clean_error.eq(1) & ~vulnerable).any() and not (table.pgd_error.eq(1) & ~vulnerable).any()
+        assert (table.dual_margin[vulnerable] <= 0).all()
+        assert (table.margin[table.status == "robust"] > 0).all() and (table.reached[vulnerable] < 0).all()
+
+
+def test_the_exact_error_of_the_published_network():
+    """Clean 1.80 % and the dual's 5.82 % as published; between them the truth, decided for every image."""
+    table = shipped_table("wong-kolter-mnist-0.1")
+    assert len(table) == 10_000 and not (table.status == "unknown").any()
+    assert table.clean_error.sum() == 180 and (table.dual_margin <= 0).sum() == 582
+    assert table.pgd_error.sum() < (table.status == "vulnerable").sum() < 582
+
+
+def test_a_shipped_verdict_is_what_verify_says():
+    table, test = shipped_table("digits-28x28-certified"), data.load("digits-28x28", n=8)
+    verdicts = verify(pretrained.load("digits-28x28-certified"), test.x, test.y, 0.1)
+    assert [v.status for v in verdicts] == table.status[:8].tolist()
+
+
+def test_the_same_call_runs_on_a_dask_cluster(digits):
+    distributed = pytest.importorskip("dask.distributed", reason="needs dask[distributed]")
+    model, x, y, eps = digits
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        distributed.Client(cluster),
+    ):
+        before = cluster.scheduler.transition_counter
+        with joblib.parallel_config("dask"):
+            there = verify(model, x, y, eps, n_jobs=2)
+        assert cluster.scheduler.transition_counter > before  # the work was done there
+    here = verify(model, x, y, eps)
+    assert [(v.status, v.method) for v in there] == [(v.status, v.method) for v in here]
+    for i, verdict in enumerate(there):
+        check_verdict(model, x[i], y[i], eps, verdict)
+
+
+class Bomb:
+    """Whoever unpickles it is gone."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_worker_that_is_killed_leaves_unknown_images_and_a_warning(digits, monkeypatch):
+    model, x, y, eps = digits
+    full = verify(model, x, y, eps)
+    monkeypatch.setattr(verify_module, "matrices", lambda network: [Bomb()])
+    with pytest.warns(UserWarning, match="a worker died"):
+        verdicts = verify(model, x, y, eps, n_jobs=2)
+    assert [v.status for v in verdicts] == [v.status if v.method != "branch" else "unknown" for v in full]
+
+
+def test_margins_of_a_thousand_images_stay_under_two_gigabytes():
+    """On Wong & Kolter's shape, in a process of its own, whose peak the operating system tells."""
+    pytest.importorskip("resource", reason="needs the operating system's count")
+    code = (
+        "import resource, sys\n"
+        "from tmlcourse import data, pretrained\n"
+        "from tmlcourse.certify import margins\n"
+        "model, test = pretrained.load('digits-28x28-certified'), data.load('digits-28x28', 'train', n=1000)\n"
+        "for method in ('crown', 'dual'):\n"
+        "    assert margins(model, test.x, test.y, 0.1, method=method).shape == (1000, 10)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == 'darwin' else 1) / 1024**2)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert 0.1 < float(out) < 2, f"{out} GB"

@@ -1,5 +1,6 @@
 """The training loop: deterministic, honest history, composition of losses, and against an independent optimiser."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,6 +122,20 @@ def test_accuracy_counts(digits):
     constant[1].bias.data = F.one_hot(torch.tensor(3), 10).float()
     assert training.accuracy(constant, digits.x, digits.y) == (digits.y == 3).double().mean()
     assert training.accuracy(constant, digits.x, digits.y, batch_size=7) == (digits.y == 3).double().mean()
+
+
+def test_a_loss_that_asks_is_told_how_far_training_is(digits):
+    model, seen = models.linear((1, 8, 8), seed=0), []
+
+    def loss(model, x, y, progress):
+        seen.append(progress)
+        return F.cross_entropy(model(x), y)
+
+    training.fit(model, digits, epochs=2, loss=loss, seed=0)
+    assert seen == [number / 8 for number in range(8)]
+    seen.clear()
+    training.fit(model, digits, epochs=1, loss=functools.partial(loss), seed=0)
+    assert seen == [0, 0.25, 0.5, 0.75]
 
 
 def test_an_interrupted_run_leaves_a_usable_model(digits):

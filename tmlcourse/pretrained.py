@@ -26,6 +26,7 @@ from torch import nn
 
 from . import checks, data, models, training
 from .attacks import pgd, robust_accuracy
+from .certify.training import dual, interval
 from .threat import Linf
 
 SHIPPED = Path(__file__).with_name("weights")
@@ -61,6 +62,12 @@ def _wong_kolter_net() -> nn.Sequential:
     ).eval()  # fmt: skip
 
 
+def _seeded_wong_kolter_net() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _wong_kolter_net()
+
+
 def _fast_at(eps: float, **fit) -> dict:
     return {"loss": training.adversarial(Linf(eps), training.single_step, alpha=1.25 * eps), **fit}
 
@@ -82,6 +89,18 @@ RECIPES: dict[str, Recipe] = {
         "digits-28x28", _CNN, 0.2,
         (dict(epochs=40, lr=2e-3, loss=training.adversarial(Linf(0.2), steps=3, alpha=0.1)),),
         "SmallCNN, 40 epochs of PGD-3 adversarial training, Linf 0.2",
+    ),
+    "mnist-certified": Recipe(
+        "mnist", _seeded_wong_kolter_net, 0.1,
+        (dict(epochs=12, lr=2e-3, loss=interval(0.1, ramp=0.6)),
+         dict(epochs=1, lr=1e-3, batch_size=50, loss=dual(0.1, warm_up=0.0, ramp=0.0))),
+        "Wong & Kolter's network, 12 epochs of interval and 1 of dual training, Linf 0.1",
+    ),
+    "digits-28x28-certified": Recipe(
+        "digits-28x28", _seeded_wong_kolter_net, 0.1,
+        (dict(epochs=80, lr=2e-3, loss=interval(0.1, ramp=0.6)),
+         dict(epochs=4, lr=1e-3, batch_size=50, loss=dual(0.1, warm_up=0.0, ramp=0.0))),
+        "Wong & Kolter's network, 80 epochs of interval and 4 of dual training, Linf 0.1",
     ),
     "cifar10-standard": Recipe(
         "cifar10", _CIFAR, 8 / 255, (dict(epochs=6, lr=1e-2, augment=training.crop_and_flip),),

@@ -8,6 +8,7 @@ Standard, adversarial, certified and private training are compositions of `fit` 
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable
@@ -102,7 +103,8 @@ def fit(
         data: anything with tensors `.x` (N, ...) in [0, 1] and `.y` (N,).
         epochs, batch_size: passes over the data, and images a step (both >= 1).
         lr: the highest learning rate (>= 0).
-        loss: (model, x, y) -> scalar, or (scalar, logits) so that the running accuracy can be shown.
+        loss: (model, x, y) -> scalar, or (scalar, logits) so that the running accuracy can be shown. One that has a parameter
+            `progress` is told with it the fraction of training done, in [0, 1): losses that grow harder need to know.
         optimizer: (parameters, lr=...) -> torch optimiser, e.g. `functools.partial(torch.optim.SGD, momentum=0.9)`.
         schedule: multiplies lr; a function of the fraction of training done, in [0, 1). `triangle` without.
         augment: images -> images, on each batch.
@@ -120,6 +122,7 @@ def fit(
     checks.positive_int(batch_size, "batch_size")
     checks.nonnegative(lr, "lr")
     schedule = triangle if schedule is None else schedule
+    told = "progress" in inspect.signature(loss).parameters
     optimiser = optimizer([p for p in model.parameters() if p.requires_grad], lr=lr)
     per_epoch = math.ceil(len(data.x) / batch_size)
     rows, mode = [], model.training
@@ -136,9 +139,10 @@ def fit(
                 began, total, right, seen = time.perf_counter(), 0.0, 0, 0
                 for number, index in enumerate(torch.randperm(len(data.x)).split(batch_size)):
                     x, y = data.x[index].to(device), data.y[index].to(device)
+                    done = (epoch + number / per_epoch) / epochs
                     for group in optimiser.param_groups:
-                        group["lr"] = lr * schedule((epoch + number / per_epoch) / epochs)
-                    value = loss(model, x if augment is None else augment(x), y)
+                        group["lr"] = lr * schedule(done)
+                    value = loss(model, x if augment is None else augment(x), y, **({"progress": done} if told else {}))
                     value, z = value if isinstance(value, tuple) else (value, None)
                     optimiser.zero_grad(set_to_none=True)
                     value.backward()

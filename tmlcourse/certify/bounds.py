@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, progress
-from .network import Block, Conv, Dense, MaxPool, Network, Relu, Rows, Windows, read, slack
+from .network import Block, Conv, Dense, MaxPool, Network, Relu, Reshape, Rows, Windows, read, slack
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown", "dual", "lp", "mip")
 RELAXED = METHODS[:5]
@@ -45,13 +45,29 @@ class Box:
     def __getitem__(self, index) -> Box:
         return Box(self.centre[index], self.radius[index])
 
+    @property
+    def flat(self) -> Box:
+        return Box(self.centre.flatten(1), self.radius.flatten(1))
 
-def ball(x: Tensor, eps: float, box: tuple[float, float] | None = (0.0, 1.0)) -> Box:
-    """{x' : |x' - x| <= eps} cut by the box of valid pixels (not cut with None)."""
+    @property
+    def size(self) -> Tensor:
+        """At least |x'| of every pixel: one number an image, (N, 1, ..., 1)."""
+        ends = self.centre.detach().abs().flatten(1).amax(1) + self.radius.detach().flatten(1).amax(1)
+        return ends.reshape(-1, *[1] * (self.centre.dim() - 1))
+
+
+def ball(x: Tensor, eps: float | Tensor, box: tuple[float, float] | None = (0.0, 1.0)) -> Box:
+    """{x' : |x' - x| <= eps} cut by the box of valid pixels (not cut with None). eps: one number, or (N,) one an image."""
+    if isinstance(eps, Tensor):
+        eps = eps.reshape(-1, *[1] * (x.dim() - 1))
     if box is None:
-        return Box(x, torch.full_like(x, eps))
-    low, high = (x - eps).clamp(*box), (x + eps).clamp(*box)
-    return Box((high + low) / 2, (high - low) / 2)
+        return Box(x, torch.zeros_like(x) + eps)
+    return _between((x - eps).clamp_(*box), (x + eps).clamp_(*box))
+
+
+def _between(low: Tensor, high: Tensor) -> Box:
+    centre = (low + high).mul_(0.5)
+    return Box(centre, high - centre)
 
 
 def margins(
@@ -113,11 +129,12 @@ def margins(
         size = images_at_once(network, x) if batch_size is None else checks.positive_int(batch_size, "batch_size")
         found = []
         with progress.bar(total=len(x), desc=method, unit="image") as bar:
-            for index in torch.arange(len(x), device=x.device).split(size):
-                region = ball(x[index], eps, box)
-                known = None if bounds is None else [(low[index], high[index]) for low, high in bounds]
-                found.append(margin_bounds(network, region, y[index], method, bounds=known, steps=steps))
-                bar.update(len(index))
+            for first in range(0, len(x), size):
+                part = slice(first, first + size)
+                region = ball(x[part], eps, box)
+                known = None if bounds is None else [(low[part], high[part]) for low, high in bounds]
+                found.append(margin_bounds(network, region, y[part], method, bounds=known, steps=steps))
+                bar.update(len(x[part]))
         return torch.cat(found)
 
 
@@ -148,7 +165,7 @@ def check(model, x: Tensor, y: Tensor | None, eps: float, box) -> Network:
         raise ValueError(f"box: got {box}, want (low, high) with low < high, or None")
     network = read(model, x)
     for name, p in model.state_dict().items():
-        if p.is_floating_point() and not torch.isfinite(p).all():
+        if not p.sum().isfinite() and not p.isfinite().all():  # a sum is quick, but may overflow
             raise ValueError(f"model: got NaN or infinite values in {name}, want finite weights")
     if y is not None and checks.labels(y, x).max() >= network.classes:
         raise ValueError(f"y: got label {y.max().item()}, want labels in [0, {network.classes - 1}]")
@@ -165,17 +182,19 @@ def margin_bounds(network: Network, region: Box, y: Tensor, method: str, *, boun
     """`margins` on a network already read, all images at once: (N, K)."""
     if bounds is None:
         bounds = inner_bounds(network, region, method, steps)
-    n, k = len(y), network.classes
+    n, k, last = len(y), network.classes, len(network.blocks) - 1
+    if method == "ibp" and last:
+        region = _after(network.blocks[last - 1], *bounds[last - 1])
+        if _is_one_matrix(network.blocks[last]) and k <= 32:
+            return _differences(network.blocks[last].layers[-1], region.flat, y)
     image = torch.arange(n, device=y.device).repeat_interleave(k - 1)
     rival = torch.arange(k - 1, device=y.device).repeat(n)
     rival = rival + (rival >= y[image]).long()
     one = F.one_hot(y[image], k) - F.one_hot(rival, k)
     zero = region.centre.new_zeros(n * (k - 1))
     rows = Rows(one.to(zero.dtype), image, zero, zero)
-    last = len(network.blocks) - 1
     if method == "ibp" and last:
-        inner = _after(network.blocks[last - 1], *bounds[last - 1])
-        values = _concretise(_affine_back(network.blocks[last], rows), inner)
+        values = _concretise(_affine_back(network.blocks[last], rows), region)
     else:
         values = _follow(network, last, rows, _lines(network, bounds, method), region, method, steps)
     return zero.new_zeros(n, k).index_put((image, rival), values)
@@ -208,17 +227,30 @@ def best_bounds(network: Network, region: Box, steps: int = 30) -> list[tuple[Te
 
 
 def _interval(block: Block, inner: Box) -> tuple[Tensor, Tensor]:
-    """[l, u] of W z + b: centre W c + b, radius |W| r."""
+    """[l, u] of W z + b: centre W c + b, radius |W| r, with slack for the rounding of both."""
     c, r = inner.centre, inner.radius
     for layer in block.layers:
-        c, r = layer(c), layer.spread(r + slack(c) * c.abs())
+        c, r = layer(c), layer.spread(r + slack(c) * Box(c, r).size)
     return c - r, c + r
+
+
+def _is_one_matrix(block: Block) -> bool:
+    return isinstance(block.layers[-1], Dense) and all(isinstance(layer, Reshape) for layer in block.layers[:-1])
+
+
+def _differences(layer: Dense, inner: Box, y: Tensor) -> Tensor:
+    """min over the box of z_y - z_j, z = W h + b, for all j: (W_y - W_j) c + b_y - b_j - |W_y - W_j| r, (N, K)."""
+    z, apart = layer(inner.centre), (layer.weight[:, None] - layer.weight).abs()
+    k, image = len(apart), torch.arange(len(y), device=y.device)
+    spread = F.linear(inner.radius, apart.flatten(0, 1)).unflatten(1, (k, k))[image, y]
+    terms = layer.weight.detach().abs().sum(1) * inner.size + layer.bias.detach().abs()
+    rounding = slack(z) * (terms + terms.gather(1, y[:, None]))
+    return (z.gather(1, y[:, None]) - z - spread - rounding).scatter(1, y[:, None], 0.0)
 
 
 def _after(block: Block, low: Tensor, high: Tensor) -> Box:
     """The interval behind the activation (a ReLU and a maximum are monotone)."""
-    low, high = block.activation(low), block.activation(high)
-    return Box((high + low) / 2, (high - low) / 2)
+    return _between(block.activation(low), block.activation(high))
 
 
 def _sharpen(network, k, low, high, bounds, region, method, steps) -> tuple[Tensor, Tensor]:
@@ -306,8 +338,10 @@ class _ReluLines:
 
     def back(self, rows: Rows, below: Tensor | None = None) -> Rows:
         """A positive coefficient takes the lower line, a negative one the upper."""
-        below = rows.at(self.below) if below is None else below
-        a = rows.a * torch.where(rows.a > 0, below, rows.at(self.slope))
+        slope = rows.at(self.slope)
+        if below is not None or self.below is not self.slope:  # (the dual has one slope for both)
+            slope = torch.where(rows.a > 0, rows.at(self.below) if below is None else below, slope)
+        a = rows.a * slope
         added = (rows.a.clamp_max(0) * rows.at(self.intercept)).flatten(1).sum(1)
         return rows.with_(a, added, rows.windows)
 
@@ -387,7 +421,7 @@ def _backward(
 def _follow(network, k, rows, lines, region, method, steps, started=False) -> Tensor:
     """`_backward`, for alpha-crown with slopes that climb: every row has its own slope at every neuron below it.
 
-    The bound is concave in the slopes, any slopes in [0, 1] are valid, and the best bound met is kept.
+    Any slopes in [0, 1] are valid, and the best bound met is kept.
     """
     if method != "alpha-crown" or k == 0:
         return _backward(network, k, rows, lines, region, started)

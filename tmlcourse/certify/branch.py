@@ -128,7 +128,7 @@ def _bound(problem: Problem, cost: Tensor, bounds, nodes: _Nodes, steps: int) ->
     parts = [(kind, i) for kind in ("slope", "beta") for i in relus]
     value_of = {"slope": slope, "beta": beta}
     first, second = ({key: torch.zeros_like(value_of[key[0]][key[1]]) for key in parts} for _ in range(2))
-    for step in range(1, steps + 1):
+    for step in range(1, steps + 1) if parts else ():
         with torch.enable_grad():
             leaves = [value_of[kind][i].requires_grad_() for kind, i in parts]
             value, _ = back()

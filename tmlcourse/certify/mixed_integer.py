@@ -33,7 +33,7 @@ def _margins(problem: Problem, time_limit: float | None) -> list[float]:
         if rival != problem.y:
             goal = objective(program, problem.y, rival)
             bound = relaxed.minimise(*goal, time_limit=clock.left())
-            start = _columns(problem, program, pixels(problem, bound.point))
+            start = _columns(problem, program, _attack(problem, rival, pixels(problem, bound.point)))
             answer = exact.minimise(*goal, time_limit=clock.left(), start=start)
             found[rival] = max(bound.low, answer.low)
     return found
@@ -71,6 +71,24 @@ def pixels(problem: Problem, point: np.ndarray | None) -> Tensor:
         return problem.x
     flat = torch.from_numpy(np.asarray(point[: problem.x.numel()])).reshape(problem.x.shape).to(problem.x.device)
     return torch.minimum(torch.maximum(flat, problem.region.low), problem.region.high)
+
+
+def _attack(problem: Problem, rival: int, start: Tensor, steps: int = 20) -> Tensor:
+    """A point of the ball (1, ...) of small z_y - z_rival: the best met by signed gradient steps from x and from `start`."""
+    x, region = torch.cat([problem.x, start]), problem.region
+    best, best_x = torch.inf, start
+    for step in range(steps + 1):
+        with torch.enable_grad():
+            x.requires_grad_()
+            z = problem.network(x)
+            gap = z[:, problem.y] - z[:, rival]
+            (slope,) = torch.autograd.grad(gap.sum(), x)
+        x = x.detach()
+        if gap.min() < best:
+            best, best_x = gap.min().item(), x[[int(gap.argmin())]]
+        x = x - region.radius * (2.5 / steps) * (1 - step / (steps + 1)) * slope.sign()
+        x = torch.minimum(torch.maximum(x, region.low), region.high)
+    return best_x
 
 
 def _columns(problem: Problem, program: Program, x: Tensor) -> np.ndarray | None:

@@ -104,11 +104,16 @@ def _checked(model, x, y, eps, box, time_limit, n_jobs, solver) -> Network:
     check(model, x, y, eps, box)
     if time_limit is not None:
         checks.nonnegative(time_limit, "time_limit")
+    check_jobs(n_jobs, solver)
+    with torch.no_grad():
+        return check(model, x.double(), y, eps, box)
+
+
+def check_jobs(n_jobs: int, solver: str) -> None:
+    """Require a number of workers that joblib knows, and a solver that is installed."""
     if isinstance(n_jobs, bool) or not isinstance(n_jobs, int) or n_jobs == 0:
         raise ValueError(f"n_jobs: got {n_jobs!r}, want a positive integer, or -1 for all cores")
     available(solver)
-    with torch.no_grad():
-        return check(model, x.double(), y, eps, box)
 
 
 @dataclass(frozen=True)
@@ -149,13 +154,18 @@ def _accept(case: _Case, i: int, verdict: Verdict, candidate: Tensor, method: st
     """Image i's verdict after a look at a candidate (1, ...): vulnerable if the network (float64) and the model both fall."""
     x, label = case.x[i : i + 1], case.y[i : i + 1]
     candidate = _inside(candidate.to(x.dtype), x, case.eps, case.box)
-    value = -margin(case.network(candidate.double()), label).item()
+    fallen, value = falls(case.model, case.network, candidate, label, case.tolerance[i])
     seconds += verdict.seconds
     verdict = replace(verdict, reached=min(verdict.reached, value), seconds=seconds, method=method)
-    plain = next((p.dtype for p in case.model.parameters()), x.dtype)
-    if value >= -case.tolerance[i] or case.model(candidate.to(plain)).argmax(1).item() == label.item():
-        return verdict
-    return Verdict("vulnerable", candidate[0], value, seconds, method, value)
+    return Verdict("vulnerable", candidate[0], value, seconds, method, value) if fallen else verdict
+
+
+@torch.no_grad()
+def falls(model, network: Network, candidate: Tensor, label: Tensor, tolerance: float) -> tuple[bool, float]:
+    """Whether the network (float64, beyond the tolerance) and the model both get an image (1, ...) wrong; its margin."""
+    value = -margin(network(candidate.double()), label).item()
+    plain = next((p.dtype for p in model.parameters()), candidate.dtype)
+    return value < -tolerance and model(candidate.to(plain)).argmax(1).item() != label.item(), value
 
 
 def _inside(candidate: Tensor, x: Tensor, eps: float, box) -> Tensor:
@@ -225,28 +235,32 @@ def _programs(case: _Case, known, hard, time_limit, n_jobs, solver, resume) -> N
         joblib.delayed(_job)(i, replace(problem, weights=weights, solver=solver), rivals, case.tolerance[i], time_limit)
         for i, problem, rivals, _ in hard
     )
-    with progress.bar(total=len(hard), desc="programs", unit="image") as bar:
+    for i, decision in in_parallel(jobs, len(hard), n_jobs, "verify"):
+        verdict = known[i]
+        if decision.low > case.tolerance[i]:
+            seconds = verdict.seconds + decision.seconds
+            least = min(decision.low, closed[i])
+            known[i] = Verdict("robust", None, least, seconds, decision.method, verdict.reached)
+        else:
+            low = max(verdict.margin, min(decision.low, closed[i]))
+            known[i] = _accept(case, i, replace(verdict, margin=low), decision.x, decision.method, decision.seconds)
+        store.write(i, known[i])
+
+
+def in_parallel(jobs, count: int, n_jobs: int, name: str):
+    """Yield (image, result) of jobs that return (image, result, error), as they come; a failure costs its own image only."""
+    left = count
+    with progress.bar(total=count, desc="programs", unit="image") as bar:
         try:
-            for i, decision, error in joblib.Parallel(n_jobs, return_as="generator_unordered")(jobs):
+            for i, result, error in joblib.Parallel(n_jobs, return_as="generator_unordered")(jobs):
                 if error:
-                    warnings.warn(f"verify: the solver failed on image {i} ({error}); it stays unknown", stacklevel=3)
-                    continue
-                verdict = known[i]
-                if decision.low > case.tolerance[i]:
-                    seconds = verdict.seconds + decision.seconds
-                    least = min(decision.low, closed[i])
-                    known[i] = Verdict("robust", None, least, seconds, decision.method, verdict.reached)
+                    warnings.warn(f"{name}: the solver failed on image {i} ({error}); it stays unknown", stacklevel=4)
                 else:
-                    low = max(verdict.margin, min(decision.low, closed[i]))
-                    verdict = _accept(
-                        case, i, replace(verdict, margin=low), decision.x, decision.method, decision.seconds
-                    )
-                    known[i] = verdict
-                store.write(i, known[i])
+                    yield i, result
+                    left -= 1
                 bar.update()
         except (RuntimeError, OSError) as error:  # a worker that was killed: joblib cannot go on
-            left = len(_open(known))
-            warnings.warn(f"verify: a worker died ({error}); {left} images stay unknown", stacklevel=3)
+            warnings.warn(f"{name}: a worker died ({error}); {left} images stay unknown", stacklevel=4)
 
 
 def _job(i: int, problem: Problem, rivals: list[int], tolerance: float, time_limit: float | None):
@@ -304,5 +318,9 @@ class _Store:
         entry = {name: getattr(verdict, name) for name in ("status", "margin", "seconds", "method", "reached")}
         if verdict.counterexample is not None:
             entry["x"] = base64.b64encode(verdict.counterexample.double().cpu().numpy().tobytes()).decode()
-        with self.path.open("a", encoding="utf8") as file:
-            file.write("\n" * (file.tell() > 0) + json.dumps(entry | {"key": self.key(i)}))
+        try:
+            with self.path.open("a", encoding="utf8") as file:
+                file.write("\n" * (file.tell() > 0) + json.dumps(entry | {"key": self.key(i)}))
+        except OSError as error:  # the verdict itself must not be lost with a full disk
+            warnings.warn(f"verify: could not write to {self.path} ({error}); it holds no more", stacklevel=4)
+            self.path = None
