@@ -797,7 +797,8 @@ def test_a_shipped_verdict_is_what_verify_says():
 
 
 def test_the_same_call_runs_on_a_dask_cluster(digits):
-    distributed = pytest.importorskip("dask.distributed", reason="needs dask[distributed]")
+    from dask import distributed
+
     model, x, y, eps = digits
     with (
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
