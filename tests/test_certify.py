@@ -1,5 +1,6 @@
 """Certificates against brute force, auto_LiRPA's numbers, published networks, and attacks that try to break them."""
 
+import copy
 import importlib
 import itertools
 import os
@@ -844,3 +845,15 @@ def test_margins_of_a_thousand_images_stay_under_two_gigabytes():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert 0.1 < float(out) < 2, f"{out} GB"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_network_on_a_gpu_gets_the_same_verdicts(digits):
+    model, x, y, eps = digits
+    there = copy.deepcopy(model).cuda()
+    here, found = (verify(m, x[:8].to(d), y[:8].to(d), eps) for m, d in ((model, "cpu"), (there, "cuda")))
+    assert [v.status for v in here] == [v.status for v in found]
+    for method in ("lp", "mip"):
+        low = margins(there, x[:2].cuda(), y[:2].cuda(), eps, method=method)
+        assert low.is_cuda and torch.allclose(low.cpu(), margins(model, x[:2], y[:2], eps, method=method), atol=1e-4)
+    assert distortion(there, x[:1].cuda(), y[:1].cuda(), tolerance=0.01)[0].counterexample.is_cuda

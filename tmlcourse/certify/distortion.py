@@ -14,6 +14,7 @@ from ..attacks import fab, margin
 from .bounds import ball, best_bounds, check, images_at_once, margin_bounds
 from .linear_program import Problem, matrices
 from .mixed_integer import Clock, decide
+from .network import on_cpu
 from .verify import check_jobs, falls, in_parallel
 
 LARGEST = 1.0  # the radius at which the search gives up: with pixels in [0, 1] every image is that near
@@ -84,7 +85,7 @@ def distortion(
 
     def offer(i: int, candidate: Tensor) -> None:
         """Take the candidate if it is misclassified, and nearer."""
-        candidate = candidate.to(x.dtype)
+        candidate = candidate.to(x)
         distance = (candidate.double() - x[i].double()).abs().max().item()
         inside = box is None or (candidate.min() >= box[0] and candidate.max() <= box[1])
         if inside and distance < known[i].high and falls(model, network, candidate[None], y[i : i + 1], small[i])[0]:
@@ -104,10 +105,11 @@ def distortion(
         low = _certified(network, x[open_].double(), y[open_], high, box, [small[i] for i in open_])
         for i, radius in zip(open_, low.tolist(), strict=True):
             known[i] = replace(known[i], low=radius, seconds=clock.seconds() / len(open_))
-        weights = matrices(network)
+        here = on_cpu(network)
+        weights = matrices(here)
         jobs = (
             joblib.delayed(_job)(
-                i, Problem(network, weights, x[i : i + 1].double(), int(y[i]), None, [], solver), box,
+                i, Problem(here, weights, x[i : i + 1].double().cpu(), int(y[i]), None, [], solver), box,
                 known[i].low, known[i].high, small[i], tolerance, time_limit,
             )
             for i in open_

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import progress
 from .bounds import Box, ball, best_bounds, check, images_at_once
-from .network import Conv, Dense, MaxPool, Network, Reshape, Scale
+from .network import Conv, Dense, MaxPool, Network, Reshape, Scale, on_cpu
 
 
 @dataclass
@@ -416,7 +416,7 @@ def margins(model, x: Tensor, y: Tensor, eps: float, *, box, bounds, solver: str
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that decides one image, in float64: what a worker receives."""
+    """Everything that decides one image, in float64 and on the CPU, where the solvers are: what a worker receives."""
 
     network: Network
     weights: list
@@ -444,7 +444,8 @@ def each_program(model, x: Tensor, y: Tensor, eps: float, box, bounds, solver: s
 
 def problems(network: Network, x: Tensor, y: Tensor, eps: float, box, bounds=None, solver: str = "HiGHS"):
     """Yield a `Problem` an image; without `bounds`, with the best that can be had without a solver."""
-    weights = matrices(network)
+    here = on_cpu(network)
+    weights = matrices(here)
     for index in torch.arange(len(x), device=x.device).split(images_at_once(network, x)):
         region = ball(x[index].double(), eps, box)
         if bounds is None:
@@ -454,7 +455,8 @@ def problems(network: Network, x: Tensor, y: Tensor, eps: float, box, bounds=Non
         for i, n in enumerate(index.tolist()):
             one = slice(i, i + 1)
             mine = [(low[one], high[one]) for low, high in known]
-            yield Problem(network, weights, x[n : n + 1].double(), int(y[n]), region[one], mine, solver)
+            part = on_cpu((x[n : n + 1].double(), region[one], mine))
+            yield Problem(here, weights, part[0], int(y[n]), *part[1:], solver)
 
 
 def _margins(problem: Problem, time_limit: float | None) -> list[float]:

@@ -278,6 +278,17 @@ class Network:
         return x
 
 
+def on_cpu(part):
+    """A network, or anything made of tensors, dataclasses and sequences, with all its tensors on the CPU."""
+    if isinstance(part, Tensor):
+        return part.cpu()
+    if isinstance(part, (list, tuple)):
+        return type(part)(map(on_cpu, part))
+    if dataclasses.is_dataclass(part):
+        return dataclasses.replace(part, **{f.name: on_cpu(getattr(part, f.name)) for f in dataclasses.fields(part)})
+    return part
+
+
 def read(model: nn.Module, x: Tensor) -> Network:
     """The blocks of an `nn.Sequential`, in the precision and on the device of the images x (N, ...).
 

@@ -21,7 +21,7 @@ from ..threat import Linf
 from .bounds import ball, best_bounds, check, images_at_once, margin_bounds
 from .linear_program import Problem, available, matrices
 from .mixed_integer import Clock, decide
-from .network import Network
+from .network import Network, on_cpu
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _open(known: list[Verdict]) -> list[int]:
 def _accept(case: _Case, i: int, verdict: Verdict, candidate: Tensor, method: str, seconds: float) -> Verdict:
     """Image i's verdict after a look at a candidate (1, ...): vulnerable if the network (float64) and the model both fall."""
     x, label = case.x[i : i + 1], case.y[i : i + 1]
-    candidate = _inside(candidate.to(x.dtype), x, case.eps, case.box)
+    candidate = _inside(candidate.to(x), x, case.eps, case.box)
     fallen, value = falls(case.model, case.network, candidate, label, case.tolerance[i])
     seconds += verdict.seconds
     verdict = replace(verdict, reached=min(verdict.reached, value), seconds=seconds, method=method)
@@ -186,7 +186,7 @@ def _bounds(case: _Case, known: list[Verdict]) -> list[tuple[int, Problem, list[
 
     What they leave: (image, problem, rivals still open, least bound of the other rivals).
     """
-    hard = []
+    hard, here = [], on_cpu(case.network)
     open_ = _open(known)
     size = images_at_once(case.network, case.x)
     for method in ("crown", "alpha-crown"):
@@ -213,10 +213,8 @@ def _bounds(case: _Case, known: list[Verdict]) -> list[tuple[int, Problem, list[
                         rivals = unsure.nonzero().flatten().tolist()
                         closed = low[n].masked_fill(unsure, torch.inf).min().item()
                         mine = [(a[one], b[one]) for a, b in bounds]
-                        x = case.x[i : i + 1].double()
-                        hard.append(
-                            (i, Problem(case.network, [], x, int(case.y[i]), region[one], mine, ""), rivals, closed)
-                        )
+                        x, mine, ball_of_x = on_cpu((case.x[i : i + 1].double(), mine, region[one]))
+                        hard.append((i, Problem(here, [], x, int(case.y[i]), ball_of_x, mine, ""), rivals, closed))
                 bar.update(len(part))
         open_ = left
     return hard
@@ -230,7 +228,7 @@ def _programs(case: _Case, known, hard, time_limit, n_jobs, solver, resume) -> N
     hard = [job for job in hard if known[job[0]].status == "unknown"]
     if not hard:
         return
-    weights, closed = matrices(case.network), {i: least for i, _, _, least in hard}
+    weights, closed = matrices(on_cpu(case.network)), {i: least for i, _, _, least in hard}
     jobs = (
         joblib.delayed(_job)(i, replace(problem, weights=weights, solver=solver), rivals, case.tolerance[i], time_limit)
         for i, problem, rivals, _ in hard
