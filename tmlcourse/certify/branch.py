@@ -20,14 +20,15 @@ from .bounds import Box, _affine_back, _concretise, _line, _ReluLines
 from .linear_program import Problem
 from .network import Relu, Rows
 
-STEPS, BATCH = 12, 128
+STEPS, BATCH, TRIALS = 12, 128, 16
 
 
 @dataclass
 class _Nodes:
     """M subproblems; per ReLU layer (M, *shape): sign of each neuron (0: free), lower slope, multiplier.
 
-    `low`: their bounds (M,); `split`: the neuron to branch on, layer and flat index (M, 2), layer -1 if none is unsure.
+    `low`: their bounds (M,); `split`: neurons to branch on, the most promising first, layer and flat index (M, TRIALS, 2);
+    layer -1 where none is unsure.
     """
 
     sign: list[Tensor]
@@ -60,7 +61,7 @@ def branch(problem: Problem, rival: int, tolerance: float, over: Callable[[], bo
     slope = [(high > -low).to(low.dtype) for low, high in bounds]
     zero = problem.x.new_zeros(1)
     root = _Nodes(
-        sign, slope, [torch.zeros_like(low) for low, _ in bounds], zero - torch.inf, zero.long()[:, None].repeat(1, 2)
+        sign, slope, [torch.zeros_like(low) for low, _ in bounds], zero - torch.inf, zero.long().repeat(1, TRIALS, 2)
     )
     nodes, x = _bound(problem, cost, bounds, root, 3 * STEPS)
     if look(x):
@@ -70,25 +71,33 @@ def branch(problem: Problem, rival: int, tolerance: float, over: Callable[[], bo
         return proved
     proved = torch.inf
     while len(nodes.low):
-        if over() or (nodes.split[:, 0] < 0).any():
+        if over() or (nodes.split[:, 0, 0] < 0).any():
             return nodes.low.min().item()
         order = nodes.low.argsort()
         now, nodes = nodes[order[:BATCH]], nodes[order[BATCH:]]
-        children = now.and_(now)
-        half = len(now.low)
-        for layer in range(len(bounds)):
-            mine = (now.split[:, 0] == layer).nonzero().flatten()
-            place = now.split[mine, 1]
-            flat = children.sign[layer].flatten(1)
-            flat[mine, place], flat[mine + half, place] = 1.0, -1.0
-            children.sign[layer] = flat.reshape(children.sign[layer].shape)
-        children, x = _bound(problem, cost, bounds, children, STEPS)
+        # Of the promising neurons the one is split whose two children come nearest to being closed, by a quick bound.
+        trials = [_bound(problem, cost, bounds, _children(now, now.split[:, t]), 0)[0].low for t in range(TRIALS)]
+        choice = torch.stack([low.clamp_max(tolerance).unflatten(0, (2, -1)).sum(0) for low in trials]).argmax(0)
+        split = now.split[torch.arange(len(choice), device=choice.device), choice]
+        children, x = _bound(problem, cost, bounds, _children(now, split), STEPS)
         if look(x):
             return None
         closed = children.low > tolerance
         proved = min([proved, *children.low[closed].tolist()])
         nodes = nodes.and_(children[~closed])
     return proved
+
+
+def _children(nodes: _Nodes, split: Tensor) -> _Nodes:
+    """Every node twice: with the neuron `split` (M, 2) above zero, then below."""
+    children, half = nodes.and_(nodes), len(nodes.low)
+    for layer in range(len(nodes.sign)):
+        mine = (split[:, 0] == layer).nonzero().flatten()
+        place = split[mine, 1]
+        flat = children.sign[layer].flatten(1)
+        flat[mine, place], flat[mine + half, place] = 1.0, -1.0
+        children.sign[layer] = flat.reshape(children.sign[layer].shape)
+    return children
 
 
 def _bound(problem: Problem, cost: Tensor, bounds, nodes: _Nodes, steps: int) -> tuple[_Nodes, Tensor]:
@@ -152,15 +161,18 @@ def _bound(problem: Problem, cost: Tensor, bounds, nodes: _Nodes, steps: int) ->
     best = torch.maximum(best, value)
     flat = torch.cat([s.flatten(1) if s is not None else zero[:, None] for s in score], 1) if lines else zero[:, None]
     sizes = [s[0].numel() if s is not None else 1 for s in score]
-    top, place = flat.max(1)
+    top, place = flat.topk(min(TRIALS, flat.shape[1]), 1)
+    if top.shape[1] < TRIALS:
+        top, place = (torch.cat([t, t[:, :1].expand(-1, TRIALS - t.shape[1])], 1) for t in (top, place))
+    top, place = torch.where(top > 0, top, top[:, :1]), torch.where(top > 0, place, place[:, :1])
     any_left = (
         torch.cat([u.flatten(1) for u in unsure], 1).any(1) if unsure else torch.zeros_like(top, dtype=torch.bool)
     )
-    split = torch.full((m, 2), -1, device=cost.device)
+    split = torch.full((m, TRIALS, 2), -1, device=cost.device)
     offset = 0
     for i, size in enumerate(sizes):
-        here = (place >= offset) & (place < offset + size) & any_left & (top > 0)
-        split[here] = torch.stack([torch.full_like(place, i), place - offset], 1)[here]
+        here = (place >= offset) & (place < offset + size) & any_left[:, None] & (top > 0)
+        split[here] = torch.stack([torch.full_like(place, i), place - offset], 2)[here]
         offset += size
     x = region.centre - region.radius * a.reshape(region.centre.shape).sign()
     full = [slope.get(i, nodes.slope[i]) for i in range(len(lines))]
