@@ -386,7 +386,9 @@ def _train(rows: Tensor, problem: _Problem, start: Tensor) -> _Learner:
     """
     n, rho, hinge = problem.n, problem.rho, problem.loss == "hinge"
     theta = start * min(1.0, 0.98 * rho / max(float(start.norm()), 1e-300))
-    best, lower = (math.inf, theta), -math.inf
+    # The start is an answer, too: with the game's own theta the loss cannot come out above the game's bound.
+    start = start * min(1.0, rho / max(float(start.norm()), 1e-300))
+    best, lower = (float(_loss(rows @ start, problem.loss).sum()) / n, start), -math.inf
     mu = 0.02 if hinge else 1.0
     barrier = 3e-2
     for _ in range(16):
