@@ -16,24 +16,13 @@ import warnings
 import numpy as np
 import pandas as pd
 import torch
+from black_box import Counted
 from torch import nn
 
 from tmlcourse import data, pretrained
 from tmlcourse.attacks.queries import Queries
 from tmlcourse.attacks.square import square
 from tmlcourse.threat import L2, Linf
-
-
-class Counted(nn.Module):
-    """The model, and how many rows it was asked about."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.rows = model, 0
-
-    def forward(self, x):
-        self.rows += len(x)
-        return self.model(x)
 
 
 @torch.no_grad()

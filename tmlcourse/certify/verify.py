@@ -228,7 +228,7 @@ def _programs(case: _Case, known, hard, time_limit, n_jobs, solver, resume) -> N
     hard = [job for job in hard if known[job[0]].status == "unknown"]
     if not hard:
         return
-    weights, closed = matrices(on_cpu(case.network)), {i: least for i, _, _, least in hard}
+    weights, closed = matrices(hard[0][1].network), {i: least for i, _, _, least in hard}
     jobs = (
         joblib.delayed(_job)(i, replace(problem, weights=weights, solver=solver), rivals, case.tolerance[i], time_limit)
         for i, problem, rivals, _ in hard
