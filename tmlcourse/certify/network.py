@@ -304,16 +304,14 @@ def read(model: nn.Module, x: Tensor) -> Network:
             f"model: got {type(model).__name__}, want an nn.Sequential: certificates read its layers ({READS})"
         )
     checks.model(model, x)
+    some = x[:2].detach()
+    blocks, found = _blocks(model, some)
     with torch.no_grad():
-        blocks = tuple(_blocks(model, x))
-        network = Network(blocks, tuple(x.shape[1:]), blocks[-1].shape[0])
-        some = x[:2]
         plain = next((p.dtype for p in model.parameters()), x.dtype)
         expected = model(some.to(plain)).to(x.dtype)
-        found = network(some)
-        if expected.shape != found.shape or (expected - found).abs().max() > 1e-3 * (1 + expected.abs().max()):
-            raise ValueError("model: its output is not that of its layers one after the other (hooks?)")
-    return dataclasses.replace(network, blocks=tuple(_blocks(model, x))) if torch.is_grad_enabled() else network
+    if expected.shape != found.shape or (expected - found).abs().max() > 1e-3 * (1 + expected.abs().max()):
+        raise ValueError("model: its output is not that of its layers one after the other (hooks?)")
+    return Network(blocks, tuple(x.shape[1:]), blocks[-1].shape[0])
 
 
 def _flat(model: nn.Sequential, prefix: str = ""):
@@ -324,10 +322,9 @@ def _flat(model: nn.Sequential, prefix: str = ""):
             yield prefix + name, layer
 
 
-def _blocks(model: nn.Sequential, x: Tensor):
-    """Yield the blocks; layers see one blank image to learn their shapes."""
-    z = torch.zeros_like(x[:1])
-    layers, shapes = [], []
+def _blocks(model: nn.Sequential, z: Tensor) -> tuple[tuple[Block, ...], Tensor]:
+    """The blocks, and what they make of the images z, from which layers learn their shapes."""
+    blocks, layers, shapes = [], [], []
     for name, layer in _flat(model):
         if isinstance(layer, (nn.Identity, nn.modules.dropout._DropoutNd)):
             continue
@@ -335,11 +332,12 @@ def _blocks(model: nn.Sequential, x: Tensor):
             op = _translate(layer, tuple(z.shape[1:]), z)
             if op is None:
                 raise ValueError(f"is not supported (certificates read {READS})")
-            after = op(z)
+            with torch.no_grad():
+                after = op(z)
         except (RuntimeError, ValueError) as cause:
             raise ValueError(f"model: layer {name!r} ({type(layer).__name__}) {cause}".replace("\n", " ")) from None
         if isinstance(op, (Relu, MaxPool)):
-            yield Block(tuple(layers), op, tuple(shapes), tuple(z.shape[1:]))
+            blocks.append(Block(tuple(layers), op, tuple(shapes), tuple(z.shape[1:])))
             layers, shapes = [], []
         else:
             layers.append(op)
@@ -347,7 +345,8 @@ def _blocks(model: nn.Sequential, x: Tensor):
         z = after
     if z.dim() != 2 or z.shape[1] < 2:
         raise ValueError(f"model: got output {tuple(z.shape)}, want logits (N, K) with K >= 2")
-    yield Block(tuple(layers), None, tuple(shapes), tuple(z.shape[1:]))
+    blocks.append(Block(tuple(layers), None, tuple(shapes), tuple(z.shape[1:])))
+    return tuple(blocks), z
 
 
 def _translate(layer: nn.Module, shape: tuple[int, ...], z: Tensor):
