@@ -126,8 +126,9 @@ def book(arguments):
 
 def test(arguments):
     """run the tests; further arguments go to pytest"""
-    # One thread each: two workers that both use both cores take turns at waiting. A file stays on one worker.
-    return run(course_environment(), "-m", "pytest", "-n", "2", "--dist", "loadscope", *arguments, OMP_NUM_THREADS="1")
+    # One thread each: two workers that both use both cores take turns at waiting. What stays together: tests/conftest.py.
+    workers = ("-n", "2", "--no-loadscope-reorder")
+    return run(course_environment(), "-m", "pytest", *workers, *arguments, OMP_NUM_THREADS="1")
 
 
 def lab(arguments):

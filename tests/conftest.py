@@ -19,6 +19,27 @@ def skip_or_fail(reason):
     (pytest.fail if MUST_RUN else pytest.skip)(reason)
 
 
+# A chapter lasts a minute or two: all of them on one worker, or begun last, would keep the other workers waiting.
+CHAPTER = "test_the_chapter_runs_alone"
+
+
+def pytest_collection_modifyitems(items):
+    """Chapters come first."""
+    items.sort(key=lambda item: CHAPTER not in item.name)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """What workers that run side by side take in one piece: a file, for its fixtures; but each chapter alone."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesAndChapters(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if CHAPTER in nodeid else nodeid.split("::")[0]
+
+    return FilesAndChapters(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_download():
     """Tests download nothing: they see what $TMLCOURSE_DATA, the cache and the package hold."""
