@@ -93,7 +93,7 @@ def published_algorithm(model, x, y, start, eps, steps):
 
     points, eta, halved = [start], 2 * eps, False
     values, slopes, visited = [look(start)[0]], [look(start)[1]], [start]
-    since, known = 0, None
+    since, known, stuck = 0, None, 0
     for k in range(1, steps + 1):
         now, slope, before = points[-1], slopes[-1], visited[-1] if k > 1 else None
         z = project(now + eta * slope.sign())
@@ -105,13 +105,15 @@ def published_algorithm(model, x, y, start, eps, steps):
         if k in w:
             j = w.index(k)
             best = max(range(len(values)), key=values.__getitem__)
-            if since < 0.75 * (w[j] - w[j - 1]) or (not halved and values[best] == known):
+            few = since < 0.75 * (w[j] - w[j - 1])
+            stuck += not few and not halved and values[best] == known
+            if few or (not halved and values[best] == known):
                 eta, halved = eta / 2, True
                 points[-1], slopes[-1] = points[best], slopes[best]
             else:
                 halved = False
             since, known = 0, values[best]
-    return max(values)
+    return max(values), stuck
 
 
 # --- exactness -------------------------------------------------------------------------------------------------------
@@ -164,8 +166,28 @@ def test_it_is_the_published_algorithm_image_by_image():
     x_adv = apgd(model, x, y, ball, steps=40, seed=3)
     assert not fools(model(x_adv).detach(), y).any()
     ours = nn.functional.cross_entropy(model(x_adv), y, reduction="none")
-    theirs = [published_algorithm(model, *(v[i : i + 1] for v in (x, y, start)), 0.05, 40) for i in range(4)]
+    theirs = [published_algorithm(model, *(v[i : i + 1] for v in (x, y, start)), 0.05, 40)[0] for i in range(4)]
     torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), atol=1e-7, rtol=1e-5)
+
+
+def test_a_best_point_that_stays_the_same_halves_the_step_too():
+    """On waves three steps of four can rise without a new record: the second condition, which flat landscapes never meet."""
+    torch.manual_seed(0)
+    waves, heights = 10 * torch.randn(2, 30, dtype=torch.float64), torch.rand(30, dtype=torch.float64) / 8
+
+    def model(x):  # always right: the first logit stays above the second
+        return torch.stack([5 + torch.sin(x @ waves) @ heights, torch.zeros_like(x[:, 0])], 1)
+
+    x, y, ball = torch.rand(150, 2, dtype=torch.float64), torch.zeros(150, dtype=torch.int64), Linf(0.4)
+    start = ball.random(x, torch.Generator().manual_seed(3))
+    ours = nn.functional.cross_entropy(model(apgd(model, x, y, ball, steps=20, seed=3)), y, reduction="none")
+    theirs, stuck = zip(
+        *(published_algorithm(model, *(v[i : i + 1] for v in (x, y, start)), 0.4, 20) for i in range(150)), strict=True
+    )
+    assert sum(stuck) >= 3, "the condition must decide somewhere"
+    clean = nn.functional.cross_entropy(model(x), y, reduction="none")  # a candidate too
+    theirs = torch.tensor(theirs, dtype=torch.float64).maximum(clean)
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7)
 
 
 # --- what every attack owes ------------------------------------------------------------------------------------------
