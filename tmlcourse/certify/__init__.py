@@ -1,6 +1,6 @@
 """Certificates: what no attack in the ball can do, from cheap bounds to the exact answer."""
 
-from .bounds import margins, neuron_bounds
+from .bounds import least_margin, margins, neuron_bounds
 from .distortion import Distortion, distortion
 from .smoothing import Smoothed, certified_accuracy, predict_smoothed, smooth
 from .summary import shipped_table, summary, tally
@@ -12,6 +12,7 @@ __all__ = [
     "Verdict",
     "certified_accuracy",
     "distortion",
+    "least_margin",
     "margins",
     "neuron_bounds",
     "predict_smoothed",

@@ -138,6 +138,14 @@ def margins(
         return torch.cat(found)
 
 
+def least_margin(margins: Tensor, y: Tensor) -> Tensor:
+    """min_{j != y} of margins (N, K): one number an image, (N,); the image is certified where it is positive.
+
+    Example: `least_margin(margins(model, x, y, 0.1), y) > 0`.
+    """
+    return margins.scatter(1, y[:, None], torch.inf).amin(1)
+
+
 def neuron_bounds(
     model: nn.Module, x: Tensor, eps: float, *, method: str = "crown", box=(0.0, 1.0), steps: int = 30
 ) -> list[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..attacks import fab, margin
-from .bounds import ball, best_bounds, check, images_at_once, margin_bounds
+from .bounds import ball, best_bounds, check, images_at_once, least_margin, margin_bounds
 from .linear_program import Problem, matrices
 from .mixed_integer import Clock, decide
 from .network import on_cpu
@@ -133,7 +133,7 @@ def _certified(network, x: Tensor, y: Tensor, high: Tensor, box, small: list[flo
         for _ in range(rounds):
             middle = (low + top) / 2
             bound = margin_bounds(network, ball(part, middle, box), label, "crown")
-            proved = bound.scatter(1, label[:, None], torch.inf).amin(1) > enough
+            proved = least_margin(bound, label) > enough
             low, top = torch.where(proved, middle, low), torch.where(proved, top, middle)
         found.append(low)
     return torch.cat(found)
