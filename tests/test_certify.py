@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import joblib
@@ -36,6 +37,7 @@ from tmlcourse.certify.network import read
 from tmlcourse.threat import Linf
 
 verify_module = importlib.import_module("tmlcourse.certify.verify")  # its name in the package is the function's
+distortion_module = importlib.import_module("tmlcourse.certify.distortion")
 summary_module = importlib.import_module("tmlcourse.certify.summary")
 
 CHEAP = ("ibp", "crown-ibp", "crown", "dual", "alpha-crown")
@@ -702,6 +704,23 @@ def test_the_distortion_brackets_the_exact_crossing(kind, seed, single):
                  for eps in (found.low, min(found.high, 1.0))]  # fmt: skip
         assert worst[0] > -1e-5 and (found.high == np.inf or worst[1] < 1e-5)
         assert found.high - found.low <= 5e-3 + 1e-6 or found.low == 1.0
+
+
+@pytest.mark.parametrize("zone", [(0.49, 0.51), (0.4999, 0.5001), (0.88, 0.9)])
+def test_the_bracket_closes_around_radii_that_prove_nothing(zone, monkeypatch):
+    """Proved below the zone, refuted above it, neither within: both ends come as near to it as the tolerance asks."""
+    asked = []
+
+    def decide(problem, radius, *rest):
+        asked.append(radius)
+        return radius < zone[0], torch.full((1, 1), radius) if radius > zone[1] else None
+
+    monkeypatch.setattr(distortion_module, "_decide", decide)
+    problem = types.SimpleNamespace(x=torch.zeros(1, 1))
+    low, point, _ = distortion_module._narrow(problem, None, 0.0, 0.9, 1e-5, 1e-3, None)
+    high = 0.9 if point is None else point.item()
+    assert zone[0] - 1e-3 <= low <= zone[0] and zone[1] <= high + 1e-6 and high <= zone[1] + 1e-3
+    assert len(asked) < 40
 
 
 def test_distortions_of_digits(digits, monkeypatch):

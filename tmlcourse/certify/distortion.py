@@ -151,20 +151,26 @@ def _job(i: int, problem: Problem, box, low: float, high: float, small: float, t
 def _narrow(problem: Problem, box, low: float, high: float, small: float, tolerance: float, time_limit):
     """The radius proved, the nearest point found (None if none is nearer than `high`), and the seconds.
 
-    Asks first just below `high` (or at LARGEST), since attacks often end at the truth; then halves. With a time limit each
+    Asks first just below `high` (or at LARGEST), since attacks often end at the truth; then halves. A radius whose least
+    margin is zero to rounding proves nothing either way: the search goes on above it, then below. With a time limit each
     radius gets half of what is left, so that one hard radius does not spoil the easier ones.
     """
-    clock, best = Clock(time_limit), None
+    clock, best, ties = Clock(time_limit), None, []
     top, radius = (high, max(high - tolerance, (low + high) / 2)) if high <= LARGEST else (LARGEST, LARGEST)
     while (top - low > tolerance or low < radius == LARGEST) and not clock.over():
         proved, point = _decide(problem, radius, box, small, None if time_limit is None else clock.left() / 2)
         if proved:
             low = radius
         elif point is None:
-            top = radius
+            ties.append(radius)
         else:
             best, top = point, min(radius, _distance(problem, point))
-        radius = (low + top) / 2
+        ties = [tie for tie in ties if low < tie < top]
+        below, above = (low, min(ties)) if ties else (low, top), (max(ties), top) if ties else (top, top)
+        ends = max(above, below, key=lambda ends: ends[1] - ends[0])
+        if ties and ends[1] - ends[0] <= tolerance / 8:
+            break
+        radius = sum(ends) / 2
     return low, best, clock.seconds()
 
 

@@ -175,7 +175,7 @@ def decide(problem: Problem, open_rivals: list[int], tolerance: float, time_limi
         if clock.over():
             break
         goal = objective(program, problem.y, rival)
-        answer = exact.minimise(*goal, time_limit=clock.left(), cutoff=1.5 * tolerance, enough=-tolerance)
+        answer = exact.minimise(*goal, time_limit=clock.left(), cutoff=1.5 * tolerance, enough=-2 * tolerance)
         low[rival] = max(low[rival], answer.low)
         if look(pixels(problem, answer.point)):
             break
