@@ -29,7 +29,7 @@ _SPLITS = ("train", "test")
 _SHAPES_SIZE = {"train": 10_000, "test": 2_000}
 _CHUNK = 512  # images drawn from one generator: image i depends on (seed, split, i) alone, whatever n is
 _DIGITS = tuple("0123456789")
-_EMBEDDED = ("wine", "breast_cancer", "diabetes")
+_EMBEDDED = ("wine", "breast_cancer", "diabetes", "population")
 _RESIZED = {"digits-28x28": (1, 28, 28), "digits-32x32": (3, 32, 32)}
 
 
@@ -52,7 +52,10 @@ _VISION = {
 
 
 class _File(NamedTuple):
-    """A table's files, what to ask for, its columns in file order ("*" before text), which is y, the two classes."""
+    """A table's files, what to ask for, its columns in file order ("*" before text), which is y, the two classes.
+
+    `keep` says which rows stay, by columns (`only_for_keep`) that are then forgotten.
+    """
 
     files: tuple[str, ...]
     source: str
@@ -62,6 +65,8 @@ class _File(NamedTuple):
     classes: tuple[str, ...] = ()
     positive: str = ""
     options: dict = {}
+    keep: Callable | None = None
+    only_for_keep: tuple[str, ...] = ()
 
 
 _WORDS = (
@@ -70,6 +75,21 @@ _WORDS = (
     "meeting original project re edu table conference"
 )
 _SPACED = {"skipinitialspace": True}
+_COMPAS = (
+    "*sex", "age", "*race", "juv_fel_count", "decile_score", "juv_misd_count", "juv_other_count", "priors_count",
+    "*c_charge_degree", "two_year_recid",
+)  # fmt: skip
+
+
+def _propublica(frame):
+    """The rows of ProPublica's own analysis: screened within 30 days of the arrest, no ordinary traffic offence, a score."""
+    import pandas as pd
+
+    days = pd.to_numeric(frame["days_b_screening_arrest"], errors="coerce")
+    known = (frame["is_recid"] != "-1") & (frame["score_text"] != "N/A")
+    return (days.abs() <= 30) & known & (frame["c_charge_degree"] != "O")
+
+
 _TABLES = {
     "wine_quality": _File(
         ("winequality-red.csv",), "UCI Wine Quality (Cortez et al. 2009)", 1599, (
@@ -82,10 +102,13 @@ _TABLES = {
             "capital run mean", "capital run longest", "capital run total", "spam"),
         "spam", ("not spam", "spam"), "1"),
     "compas": _File(
-        ("compas-scores-two-years.csv",), "ProPublica's compas-analysis (Angwin et al. 2016)", 7214, (
-            "*sex", "age", "*race", "juv_fel_count", "decile_score", "juv_misd_count", "juv_other_count", "priors_count",
-            "*c_charge_degree", "two_year_recid"),
+        ("compas-scores-two-years.csv",), "ProPublica's compas-analysis (Angwin et al. 2016)", 7214, _COMPAS,
         "two_year_recid", ("no new charge", "new charge"), "1", {"header": 0}),
+    "compas_filtered": _File(
+        ("compas-scores-two-years.csv",), "ProPublica's compas-analysis (Angwin et al. 2016)", 7214, (
+            "*age_cat", *_COMPAS, "*days_b_screening_arrest", "*is_recid", "*score_text"),
+        "two_year_recid", ("no new charge", "new charge"), "1", {"header": 0}, _propublica,
+        ("days_b_screening_arrest", "is_recid", "score_text")),
     "adult": _File(
         ("adult.data", "adult.test"), "UCI Adult (Becker & Kohavi 1996)", 48842, (
             "age", "*workclass", "fnlwgt", "*education", "education-num", "*marital-status", "*occupation",
@@ -244,15 +267,17 @@ def load(
 
 
 def load_table(name: str, *, fallback: str | None = None, root: str | Path | None = None) -> Table:
-    """A table of numbers, one row an example, all rows in file order and nothing left out.
+    """A table of numbers, one row an example, all rows in file order and nothing left out (but for "compas_filtered").
 
     Embedded in scikit-learn: "wine" (178 x 13, three classes), "breast_cancer" (569 x 30, two), "diabetes" (442 x 10,
-    regression). Read from a file in `root`, in $TMLCOURSE_DATA or in the cache:
+    regression). Made on the spot: "population" (6,000 x 14), people who do not exist, see `population`. Read from a file
+    in `root`, in $TMLCOURSE_DATA or in the cache:
 
     - "wine_quality": `winequality-red.csv`, 1,599 x 11; y is the graded quality, a number.
     - "spambase": `spambase.data`, 4,601 x 57 frequencies; y = 1 is spam.
     - "compas": `compas-scores-two-years.csv`, 7,214 rows; y = 1 is a new charge in two years. Only the columns that the
       analysis needs are read; names, birth dates and case numbers of the people in it never are.
+    - "compas_filtered": the 6,172 rows of these that ProPublica's own regression uses, with the classes of age beside.
     - "adult": `adult.data` and after it `adult.test`, 32,561 + 16,281 rows; y = 1 is an income above 50K.
     - "german": `german.data`, 1,000 rows; y = 1 is a good credit risk.
 
@@ -292,7 +317,58 @@ def load_table(name: str, *, fallback: str | None = None, root: str | Path | Non
     return _embedded(fallback)
 
 
+def population(n: int = 6000, *, seed: int = 0) -> Table:
+    """`n` invented people in three groups who act alike and are watched differently: a table whose truth is known.
+
+    In each group a person offends with the same probability at the same age: column "offence" is the truth. Only what is
+    noticed gets recorded, and that depends on the group: y = 1 is a *recorded* new offence, noticed with probability 0.95 in
+    group A, 0.7 in B and 0.8 in C (1 in 200 people). Earlier records ("priors_count") were made in the same way. The
+    score of 1 to 10 ("decile_score") predicts the record, from these and an interview. "district" says much of the group.
+
+    Args: n >= 1,000; seed of the draw: the same people each time.
+    Returns: `Table` with columns age, priors_count, decile_score, district=1 ... 5, charge=..., group=A, B, C, offence.
+    Raises: TypeError, ValueError: bad input.
+    Example: `population(1000).y.double().mean()`.
+    """
+    checks.positive_int(n, "n", least=1000)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal():
+        return torch.randn(n, generator=generator, dtype=torch.float64)
+
+    def uniform():
+        return torch.rand(n, generator=generator, dtype=torch.float64)
+
+    draw = uniform()
+    group = (draw >= 0.6).long() + (draw >= 0.995).long()
+    noticed = torch.tensor([0.95, 0.7, 0.8], dtype=torch.float64)[group]
+    age = (18 + 40 * uniform() ** 1.5).floor()
+    bent = normal()
+    logit = 0.55 + 1.1 * bent - 0.035 * (age - 30)
+    offence = (uniform() < logit.sigmoid()).double()
+    y = offence * (uniform() < noticed)
+    priors = torch.poisson(2.2 * noticed.pow(1.5) * (0.55 * bent + 0.02 * (age - 30)).exp(), generator=generator)
+    signal = (logit.sigmoid() * noticed).logit() + 2 * noticed + 0.8 * normal() + 0.1 * priors
+    decile = (signal.argsort().argsort() * 10 // n + 1).double()
+    lean = torch.tensor([0.25, 0.75, 0.5], dtype=torch.float64)[group]
+    district = (5 * (0.6 * lean + 0.4 * uniform()).clamp(0, 0.999)).floor().long()
+    charge = (uniform() < 0.55 + 0.1 * bent.sign()).long()
+    columns = torch.cat(
+        [
+            torch.stack([age, priors, decile], 1),
+            *(F.one_hot(codes, count).double() for codes, count in ((district, 5), (charge, 2), (group, 3))),
+            offence[:, None],
+        ],
+        1,
+    )
+    names = ("age", "priors_count", "decile_score", *(f"district={k}" for k in range(1, 6)), "charge=M", "charge=F",
+             "group=A", "group=B", "group=C", "offence")  # fmt: skip
+    return Table(columns, y.long(), names, "population", ("nothing recorded", "recorded again"))
+
+
 def _embedded(name: str) -> Table:
+    if name == "population":
+        return population()
     from sklearn import datasets  # takes a second: only when it is needed
 
     options = {"scaled": False} if name == "diabetes" else {}
@@ -320,12 +396,14 @@ def _read_table(name: str, table: _File, paths: list[Path]) -> Table:
     frame = pd.concat(parts, ignore_index=True)
     if len(frame) != table.rows:
         raise ValueError(f"{paths[0]}: got {len(frame)} rows, want {table.rows}; put back the original")
+    if table.keep is not None:
+        frame = frame[table.keep(frame)].drop(columns=list(table.only_for_keep)).reset_index(drop=True)
     target = frame.pop(table.y).str.rstrip(".")
     if table.classes:
         y = torch.from_numpy((target == table.positive).to_numpy().astype(np.int64))
     else:
         y = torch.from_numpy(pd.to_numeric(target, errors="coerce").to_numpy(dtype=np.float64))
-    frame = pd.get_dummies(frame, columns=[t for t in text if t != table.y], prefix_sep="=", dtype=np.float64)
+    frame = pd.get_dummies(frame, columns=[t for t in text if t in frame], prefix_sep="=", dtype=np.float64)
     X = torch.from_numpy(frame.apply(pd.to_numeric, errors="coerce").to_numpy(dtype=np.float64).copy())
     if not (torch.isfinite(X).all() and torch.isfinite(y).all()):
         raise ValueError(f"{paths[0]}: got a cell that is not a number; put back the original")
