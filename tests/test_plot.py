@@ -46,6 +46,13 @@ TRACES = {"small steps": np.arange(12.0).reshape(3, 4), "large steps": [1.0, 2.0
 SURFACE = np.add.outer(np.arange(5.0), np.arange(7.0) ** 2)
 POINTS, LABELS = [[0.2, 0.8], [0.7, 0.3], [0.9, 0.1]], [1, 0, 0]
 
+BY_GROUP = pd.DataFrame({"row": ["FPR", "FPR", "FNR", "FNR"], "group": ["a", "b"] * 2,
+                         "value": [20.0, 40, 30, 10],
+                         "low": [15.0, 30, 25, 0], "high": [25.0, 50, 35, 40], "small": [0, 0, 0, 1]})  # fmt: skip
+CALIBRATED = pd.DataFrame({"group": ["a", "a", "b", "b"], "score": [0.2, 0.8] * 2, "observed": [0.3, 0.7, 0.2, 0.9],
+                           "low": [0.2, 0.6, 0.1, 0.8], "high": [0.4, 0.8, 0.3, 1.0]})  # fmt: skip
+ROCS = {"a": [(0, 0), (0.2, 0.6), (1, 1)], "b": [(0, 0), (0.1, 0.3), (0.5, 0.8), (1, 1)]}
+COUNTS = pd.DataFrame({"score": [1, 2, 3], "positive": [2, 5, 9], "negative": [9, 4, 1]})
 FIGURES = {
     "images": lambda **k: plot.images(X, titles=list("abcdef"), columns=4, data_name="digits", **k),
     "perturbations": lambda **k: plot.perturbations(
@@ -81,6 +88,10 @@ FIGURES = {
     "bars": lambda **k: plot.bars(
         ["a rather long label of a bar", "b"], [12345, 3], title="Work", xlabel="seconds", data_name="digits", **k
     ),
+    "group_intervals": lambda **k: plot.group_intervals(BY_GROUP, title="Errors", data_name="digits", **k),
+    "calibration": lambda **k: plot.calibration(CALIBRATED, data_name="digits", **k),
+    "roc": lambda **k: plot.roc(ROCS, points={"equal": (0.2, 0.55)}, data_name="digits", **k),
+    "threshold": lambda **k: plot.threshold(COUNTS, 2, title="a", data_name="digits", **k),
 }
 ONE_AXES = [name for name in FIGURES if name not in ("images", "perturbations", "norm_balls", "ladder")]
 every_figure = pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
@@ -152,7 +163,7 @@ def test_one_axes_figures_draw_into_the_callers_axes_and_label_them(name):
     try:
         assert FIGURES[name](ax=ax) is mine
         assert ax.has_data() and ax.get_xlabel() and plt.fignum_exists(mine.number)
-        assert ax.get_ylabel() or name in ("bars", "bars_against_published")
+        assert ax.get_ylabel() or name in ("bars", "bars_against_published", "group_intervals")
         with pytest.raises(TypeError, match="ax: got str"):
             FIGURES[name](ax="axes")
     finally:
@@ -588,6 +599,64 @@ def test_bars_stand_in_order_with_their_numbers():
     ],
 )
 def test_bad_certification_figures_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+    assert plt.get_fignums() == []
+
+
+def test_groups_stand_side_by_side_and_small_ones_are_hollow():
+    ax = plot.group_intervals(BY_GROUP, title="T").axes[0]
+    faces = [line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "s" for _ in line.get_xdata()]
+    assert faces == [plot.COLOURS[1], "white"]  # group b: solid for FPR, hollow for FNR
+    assert "too few to judge" in words(ax.figure) and ax.yaxis.get_inverted()
+    spans = sorted(tuple(path.vertices[:, 0]) for bar in ax.containers for path in bar[2][0].get_paths())
+    assert spans == [(0, 40), (15, 25), (25, 35), (30, 50)]
+
+
+def test_calibration_is_drawn_in_per_cent_around_the_diagonal():
+    ax = plot.calibration(CALIBRATED).axes[0]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [0, 100])
+    np.testing.assert_allclose([c[0].get_ydata().astype(float) for c in ax.containers], [[30, 70], [20, 90]])
+    assert len(plot.calibration(CALIBRATED, diagonal=False).axes[0].lines) == len(ax.lines) - 1
+
+
+def test_what_all_groups_reach_lies_under_each_hull():
+    ax = plot.roc(ROCS, points={"equal": (0.2, 0.5)}).axes[0]
+    (shade,) = ax.collections
+    region = shade.get_paths()[0].vertices
+    hull_a = np.interp(region[:, 0], [0, 20, 100], [0, 60, 100])
+    hull_b = np.interp(region[:, 0], [0, 10, 50, 100], [0, 30, 80, 100])
+    assert (region[:, 1] <= np.minimum(hull_a, hull_b) + 1e-6).all()
+    assert region[:, 1].max() == 100
+    assert not plot.roc(ROCS, hulls=False).axes[0].collections
+
+
+def test_the_two_ends_of_a_line_have_names():
+    table = pd.DataFrame({"row": ["a"], "before": [1.0], "after": [2.0]})
+    assert "women" in words(plot.before_after(table, title="T", xlabel="x", names=("women", "men")))
+
+
+def test_a_threshold_shows_its_rates():
+    figure = plot.threshold(COUNTS, 2, title="a")
+    # positives 2 | 5, 9; negatives 9 | 4, 1
+    assert "FPR 35.7 %   FNR 12.5 %   PPV 73.7 %" in words(figure)
+    assert "PPV –" in words(plot.threshold(COUNTS, 9))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: plot.group_intervals(BY_GROUP.drop(columns="group"), title=""), ValueError, "no column group"),
+        (lambda: plot.group_intervals(BY_GROUP.assign(low=99.0), title=""), ValueError, "want low <= value <= high"),
+        (lambda: plot.calibration(CALIBRATED.assign(high=0.0)), ValueError, "want low <= observed <= high"),
+        (lambda: plot.calibration({}), TypeError, "table: got dict"),
+        (lambda: plot.roc([1]), TypeError, "curves: got list"),
+        (lambda: plot.roc({"a": [(0, 0), (1, 2)]}), ValueError, r"curves\['a'\]"),
+        (lambda: plot.roc(ROCS, points={"p": [1, 2, 3]}), ValueError, r"points\['p'\]"),
+        (lambda: plot.threshold(COUNTS.assign(positive=-1), 2), ValueError, "negative counts"),
+    ],
+)
+def test_bad_fairness_figures_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
     assert plt.get_fignums() == []

@@ -161,7 +161,10 @@ def test_bad_input(digits):
         (dict(epochs=0), ValueError, "epochs: got 0"),
         (dict(batch_size=2.5), TypeError, "batch_size: got 2.5"),
         (dict(lr=-1.0), ValueError, "lr: got -1.0"),
-        (dict(lr=1e38, optimizer=torch.optim.SGD), FloatingPointError, "loss: got"),
+        (dict(lr=1e38, optimizer=torch.optim.SGD), FloatingPointError, "loss: got inf in epoch 1 of 5, step 3 of 4"),
+        (dict(average=1.0), ValueError, "average: got 1.0"),
+        (dict(keep="validation"), ValueError, "keep: got 'validation'"),
+        (dict(keep="pgd", watch={"fgsm": len}), ValueError, "keep: got 'pgd', want one of 'fgsm'"),
     ]
     for options, error, message in cases:
         with pytest.raises(error, match=message):
@@ -170,3 +173,163 @@ def test_bad_input(digits):
         training.fit(model, SimpleNamespace(x=digits.x * 255, y=digits.y))
     with pytest.raises(ValueError, match="x: got NaN"):
         training.accuracy(model, digits.x * float("nan"), digits.y)
+
+
+# --- averages, early stopping, checkpoints ---------------------------------------------------------------------------
+
+
+def test_average_is_the_exponential_mean_of_the_weights_after_each_step(digits):
+    visited = []
+
+    class Recorder(torch.optim.Adam):
+        def step(self, closure=None):
+            super().step(closure)
+            visited.append(torch.cat([p.detach().flatten() for p in self.param_groups[0]["params"]]))
+
+    model = models.linear((1, 8, 8), seed=0)
+    training.fit(model, digits, epochs=2, average=0.7, optimizer=Recorder, seed=0)
+    mean = visited[0]
+    for w in visited[1:]:
+        mean = 0.7 * mean + 0.3 * w
+    torch.testing.assert_close(weights(model), mean)
+    plain, zero = models.linear((1, 8, 8), seed=0), models.linear((1, 8, 8), seed=0)
+    training.fit(plain, digits, epochs=2, seed=0)
+    training.fit(zero, digits, epochs=2, average=0.0, seed=0)
+    assert torch.equal(weights(plain), weights(zero)) and torch.equal(weights(plain), visited[-1])
+
+
+def test_watch_is_recorded_without_disturbing_the_run_and_keep_puts_the_best_epoch_back(digits):
+    plain, watched, seen = models.mlp((1, 8, 8), seed=0), models.mlp((1, 8, 8), seed=0), []
+
+    def measure(model):
+        assert not model.training
+        seen.append(weights(model).clone())
+        torch.rand(7)
+        return [0.3, 0.9, 0.9, 0.1][len(seen) - 1]
+
+    before = training.fit(plain, digits, epochs=4, seed=0)
+    history = training.fit(watched, digits, epochs=4, watch={"measured": measure}, keep="measured", seed=0)
+    assert list(history.measured) == [0.3, 0.9, 0.9, 0.1] and before.loss.equals(history.loss)
+    assert torch.equal(weights(watched), seen[1]) and torch.equal(weights(plain), seen[3])
+
+
+OPTIONS = dict(
+    epochs=4, lr=5e-3, batch_size=64, seed=3, average=0.9, augment=functools.partial(training.crop_and_flip, padding=1)
+)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 10)
+    ).eval()
+
+
+class Killed(BaseException):
+    pass
+
+
+def run(digits, path=None, options=OPTIONS, **more):
+    """Train a network; its history without the clock, and all of its state."""
+    model, loss = network(), functools.partial(training.adversarial(Linf(0.1), steps=2))
+    history = training.fit(model, digits, loss=loss, validation=digits[:50], checkpoint=path, **options, **more)
+    return history.drop(columns="seconds"), model.state_dict()
+
+
+def same(a, b):
+    return a[0].equals(b[0]) and all(torch.equal(v, b[1][k]) for k, v in a[1].items())
+
+
+class Dying:
+    """A schedule that kills the run in a step of choice (never, with -1); to a checkpoint it looks the same each time."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def __call__(self, done):
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+        return 1 - done
+
+
+@pytest.mark.parametrize("killed_in_step", [2, 8, 13, 21, 28])
+def test_a_killed_run_resumes_to_the_very_same_result(digits, tmp_path, killed_in_step):
+    whole, path = run(digits, schedule=Dying(-1)), tmp_path / "folder" / "run.pt"
+    with pytest.raises(Killed):
+        run(digits, path, schedule=Dying(killed_in_step))
+    resumed = run(digits, path, schedule=Dying(-1))
+    assert same(whole, resumed) and list(resumed[0].epoch) == [1, 2, 3, 4]
+    assert [p.name for p in path.parent.iterdir()] == ["run.pt"]
+    again = run(digits, path, schedule=Dying(1))  # finished: nothing is trained any more
+    assert same(whole, again)
+
+
+def test_resuming_keeps_the_best_epoch_and_the_global_generator(digits, tmp_path):
+    path, options = tmp_path / "run.pt", OPTIONS | dict(keep="validation", average=None)
+    whole = run(digits, options=options, schedule=Dying(-1))
+    with pytest.raises(Killed):
+        run(digits, path, options=options, schedule=Dying(20))
+    state = torch.get_rng_state()
+    assert same(whole, run(digits, path, options=options, schedule=Dying(-1)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_checkpoint_is_never_half_written(digits, tmp_path, monkeypatch):
+    """The disk fills up while the second one is written: the first one is still there, and good."""
+    path, save, calls = tmp_path / "run.pt", torch.save, []
+
+    def failing(state, file):
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half")
+            raise OSError("no space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match="no space"):
+        run(digits, path)
+    monkeypatch.undo()
+    assert len(torch.load(path, weights_only=True)["rows"]) == 1
+    assert same(run(digits), run(digits, path))
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_nothing_is_touched(digits, tmp_path):
+    path = tmp_path / "run.pt"
+    run(digits, path, options=OPTIONS | {"epochs": 1})
+    model, before = network(), weights(network())
+    loss = functools.partial(training.adversarial(Linf(0.1), steps=2))
+    own = OPTIONS | dict(epochs=1, loss=loss, validation=digits[:50], checkpoint=path)
+    for change, named in [
+        (dict(epochs=2), "epochs = 1, not 2"),
+        (dict(lr=1e-2), "lr = 0.005, not 0.01"),
+        (dict(seed=4), "seed = 3, not 4"),
+        (dict(average=None), "average = 0.9, not None"),
+        (dict(loss=functools.partial(training.adversarial(Linf(0.2), steps=2))), "loss = .*eps=0.1.*, not .*eps=0.2"),
+        (dict(loss=training.cross_entropy), "loss = .*not 'cross_entropy"),
+        (dict(schedule=training.constant), "schedule = 'triangle.*, not 'constant"),
+        (dict(optimizer=torch.optim.SGD), "optimizer = 'Adam', not 'SGD'"),
+        (dict(augment=None), "augment = .*padding=1.*, not 'None'"),
+    ]:
+        with pytest.raises(ValueError, match=f"checkpoint: .* is of another run, with {named}"):
+            training.fit(model, digits, **(own | change))
+    with pytest.raises(ValueError, match="content = "):
+        training.fit(model, SimpleNamespace(x=digits.x.flip(3), y=digits.y), **own)
+    with pytest.raises(ValueError, match="weights of other shapes"):
+        training.fit(models.linear((1, 8, 8), seed=0), digits, **own)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ValueError, match="is damaged, or no checkpoint of `fit`; delete it"):
+        training.fit(model, digits, **own)
+    assert torch.equal(weights(model), before) and not model.training
+
+
+def test_a_diverging_run_says_where_and_keeps_the_weights_before(digits):
+    model, calls = network(), []
+
+    def loss(model, x, y):
+        calls.append(weights(model).clone())
+        return F.cross_entropy(model(x), y) * (float("nan") if len(calls) == 11 else 1)
+
+    with pytest.raises(FloatingPointError, match="loss: got nan in epoch 2 of 3, step 4 of 7; lower lr = 0.01"):
+        training.fit(model, digits, epochs=3, batch_size=64, lr=0.01, loss=loss, seed=0)
+    assert torch.equal(weights(model), calls[-1]) and not model.training

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import nbclient
 import nbformat
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -233,6 +234,63 @@ def test_in_a_notebook_a_figure_shows_once_and_an_explorer_shows_both_ways():
     assert [output.output_type for output in explorer] == ["display_data"]
     assert set(explorer[0].data) == {"text/plain", "text/html", VIEW}
     assert explorer[0].data["text/plain"] == "Balls of radius 1.0."
+
+
+def counts(*scores):
+    return pd.DataFrame({"score": scores, "positive": range(1, len(scores) + 1), "negative": 3})
+
+
+def test_thresholds_show_one_slider_a_group_over_the_same_cuts(shown):
+    widgets.thresholds({"a": counts(1, 2, 3), "b": counts(3, 2, 1)}, data_name="digits", score_name="decile")
+    first, second = map(page, shown)
+    for found, group in ((first, "a"), (second, "b")):
+        assert found.text.startswith(f"{group}: select from this decile on")
+        assert json.loads(found.all("figure")[0]["data-labels"]) == ["2 and above", "3 and above"]
+        assert [f"group {group}" in img["alt"] for img in found.all("img")] == [True, True]
+    assert first.all("img")[0]["alt"] != first.all("img")[1]["alt"]
+
+
+def test_thresholds_want_the_same_scores_in_each_group(shown):
+    with pytest.raises(ValueError, match="tables: got different scores"):
+        widgets.thresholds({"a": counts(1, 2), "b": counts(1, 3)})
+    with pytest.raises(ValueError, match=r"tables\['a'\]: no column negative, score"):
+        widgets.thresholds({"a": counts(1, 2).filter(["positive"])})
+    with pytest.raises(TypeError, match="tables: got list"):
+        widgets.thresholds([counts(1, 2)])
+    assert shown == []
+
+
+def test_questionnaire_asks_and_keeps_no_answer(shown, monkeypatch):
+    made, make = [], widgets._live_questionnaire
+    monkeypatch.setattr(widgets, "_live_questionnaire", lambda *args: made.append(make(*args)) or made[-1])
+    widgets.questionnaire('Did you "borrow" <it>?', truth=0.5)
+    found = page(shown[0])
+    assert (
+        [b["value"] for b in found.all("button")] == ["yes", "no"] and not found.all("script") and not found.all("it")
+    )
+    assert (
+        found.all("figure")[0]["aria-label"] == 'Did you "borrow" <it>?'
+        and found.all("figure")[0]["data-truth"] == "0.5"
+    )
+    assert "http" not in shown[0]["text/html"] and shown[0]["text/plain"] == 'Did you "borrow" <it>?'
+    _, row, answer = made[0].children
+    yes = row.children[0]
+    for _ in range(400):
+        yes.click()
+    count = int(re.search(r"\((\d+) YES of 400 reports", answer.value)[1])
+    assert 240 < count < 360  # three quarters of 400, and seven standard deviations
+    for truth, report in ((1.0, "NO"), (0.0, "YES|NO")):
+        widgets.questionnaire("Ever?", truth=truth)
+        made[-1].children[1].children[1].click()
+        assert re.search(f"You report: ({report})", made[-1].children[2].value)
+
+
+def test_questionnaire_names_what_is_wrong(shown):
+    with pytest.raises(TypeError, match="question: got ' '"):
+        widgets.questionnaire(" ")
+    with pytest.raises(ValueError, match="truth: got 2"):
+        widgets.questionnaire("Ever?", truth=2)
+    assert shown == []
 
 
 def test_examples_run():

@@ -157,7 +157,7 @@ def _table(table, columns: tuple[str, ...], gaps: tuple[str, ...] = ()) -> pd.Da
         raise ValueError(f"table: no column {', '.join(missing)} among {', '.join(map(str, table.columns)) or 'none'}")
     if table.empty:
         raise ValueError("table: got no rows, want at least one")
-    for column in set(columns) - {"model", "name", "row"}:
+    for column in set(columns) - {"group", "model", "name", "row"}:
         if not pd.api.types.is_numeric_dtype(table[column]):
             raise TypeError(f"table: column {column} holds {table[column].dtype}, want numbers")
         values = table[column].dropna() if column in gaps else table[column]
@@ -987,11 +987,12 @@ def bars(labels, values, *, title: str, xlabel: str, data_name: str = "", form: 
 
 
 @_styled
-def before_after(table, *, title: str, xlabel: str, data_name: str = "", mark=None, ax: Axes | None = None) -> Figure:
+def before_after(table, *, title: str, xlabel: str, data_name: str = "", mark=None, names=("before", "after"),
+                 ax: Axes | None = None) -> Figure:  # fmt: skip
     """One line a row from a value before (hollow) to the value after (filled), in the table's order.
 
     table: columns row (text), before, after, all in the unit of `xlabel`, at most 30 rows. mark: the row to stand out, an
-    index. Raises ValueError for missing columns or values that are not finite.
+    index. names: what the two ends are called. Raises ValueError for missing columns or values that are not finite.
 
     Example:
         >>> table = pd.DataFrame({"row": ["alcohol", "pH"], "before": [0.3, -0.1], "after": [0.0, -0.1]})
@@ -1015,7 +1016,175 @@ def before_after(table, *, title: str, xlabel: str, data_name: str = "", mark=No
     ax.set_yticks(y, [textwrap.shorten(str(row), 24, placeholder="…") for row in table["row"]])
     ax.set(ylim=(len(table) - 0.5, -0.5), xlabel=xlabel, title=_title(title, data_name, 34))
     entries = {
-        "before": Line2D([], [], ls="", marker="o", color=COLOURS[0], mfc="white", mew=2),
-        "after": Line2D([], [], ls="", marker="D", color=COLOURS[0]),
+        names[0]: Line2D([], [], ls="", marker="o", color=COLOURS[0], mfc="white", mew=2),
+        names[1]: Line2D([], [], ls="", marker="D", color=COLOURS[0]),
     }
+    return _legend(ax, grow=own, entries=entries)
+
+
+@_styled
+def group_intervals(table, *, title: str, data_name: str = "", xlabel: str = "share (%)",
+                    ax: Axes | None = None) -> Figure:  # fmt: skip
+    """One number of several groups with its interval, side by side for each row; hollow where a group is too small.
+
+    table: columns row (text), group (text), value, low, high, all in the unit of `xlabel`, and perhaps small (bool);
+    rows and groups in the table's order, at most 6 groups. Raises ValueError for missing columns or values out of order.
+
+    Example:
+        >>> table = pd.DataFrame({"row": ["FPR"] * 2, "group": ["a", "b"], "value": [20, 40]})
+        >>> fig = group_intervals(table.assign(low=table.value - 5, high=table.value + 6), title="Errors")
+    """
+    table = _table(table, ("group", "row", "value", "low", "high"))
+    table = table.assign(group=table["group"].astype(str))
+    _ordered(table, "low", "value", "high")
+    rows, names = list(dict.fromkeys(table["row"])), _lines(dict.fromkeys(table["group"]), "table: group", most=6)
+    step = 0.72 / len(names)
+    own, ax = ax is None, _axes(ax, 1.0 + len(rows) * (0.2 + 0.22 * len(names)), grid="x")
+    for i, name in enumerate(names):
+        mine = table[table["group"] == name]
+        y = np.array([rows.index(row) for row in mine["row"]]) + step * (i - (len(names) - 1) / 2)
+        small = mine["small"].to_numpy(bool) if "small" in mine else np.zeros(len(mine), bool)
+        ax.errorbar(mine["value"], y, xerr=[mine["value"] - mine["low"], mine["high"] - mine["value"]], ls="", marker="",
+                    color=COLOURS[i], capsize=3.5, elinewidth=2)  # fmt: skip
+        for hollow in (False, True):
+            ax.plot(mine["value"][small == hollow], y[small == hollow], ls="", marker=MARKERS[i], ms=7.5, mew=2, zorder=3,
+                    color=COLOURS[i], mfc="white" if hollow else COLOURS[i])  # fmt: skip
+    for i in range(1, len(rows)):
+        ax.axhline(i - 0.5, color=_GRID, lw=0.8, ls="-", zorder=0)
+    ax.set_yticks(range(len(rows)), [textwrap.fill(row, 18) for row in rows])
+    ax.tick_params(axis="y", length=0)
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel, title=_title(title, data_name, 34))
+    entries = {name: Line2D([], [], ls="", marker=MARKERS[i], color=COLOURS[i], ms=7.5) for i, name in enumerate(names)}
+    if "small" in table and table["small"].any():
+        entries["too few to judge"] = Line2D([], [], ls="", marker="o", color="#555555", mfc="white", mew=2, ms=7.5)
+    return _legend(ax, grow=own, entries=entries)
+
+
+@_styled
+def calibration(table, *, data_name: str = "", xlabel: str = "score", diagonal: bool = True,
+                ax: Axes | None = None) -> Figure:  # fmt: skip
+    """What happened to people with the same score, one line a group, each share with its interval.
+
+    table: columns group, score, observed, low, high, shares in [0, 1], at most 6 groups. diagonal: draw the line on which
+    a score means what it says. Raises ValueError for missing columns or low <= observed <= high broken.
+
+    Example:
+        >>> table = pd.DataFrame({"group": ["a", "a"], "score": [0.2, 0.8], "observed": [0.3, 0.7]})
+        >>> fig = calibration(table.assign(low=table.observed - 0.1, high=table.observed + 0.1))
+    """
+    table = _table(table, ("group", "score", "observed", "low", "high"))
+    table = table.assign(group=table["group"].astype(str))
+    _ordered(table, "low", "observed", "high")
+    names = _lines(dict.fromkeys(table["group"]), "table: group", most=6)
+    own, ax = ax is None, _axes(ax, 3.6)
+    if diagonal:
+        ax.plot([0, 1], [0, 100], color="#888888", lw=1.2, ls=DASHES[2], marker="")
+    reach = np.ptp(table["score"]) or 1
+    for i, name in enumerate(names):
+        mine = table[table["group"] == name].sort_values("score")
+        x = mine["score"] + 0.008 * reach * (i - (len(names) - 1) / 2)
+        error = 100 * np.array([mine["observed"] - mine["low"], mine["high"] - mine["observed"]])
+        line = _line(2 * i)
+        ax.fill_between(x, 100 * mine["low"], 100 * mine["high"], color=line["color"], alpha=0.13, lw=0)
+        ax.errorbar(x, 100 * mine["observed"], yerr=error, capsize=3, elinewidth=1.2, label=name, **line)
+    ax.set(ylim=(0, 100), xlabel=xlabel, ylabel="had the outcome (%)", title=_title("Calibration by group", data_name))
+    return _legend(ax, grow=own)
+
+
+@_styled
+def roc(curves, *, points=None, data_name: str = "", title: str = "ROC by group", hulls: bool = True,
+        ax: Axes | None = None) -> Figure:  # fmt: skip
+    """ROC curves, one a group, over the region that every group reaches by drawing lots, and marked points.
+
+    curves: dict name -> (T, 2) of FPR and TPR in [0, 1] from (0, 0) to (1, 1), rising, at most 6. points: dict label ->
+    (FPR, TPR), or -> (M, 2) for the same mark at several places. hulls: shade what all mixtures reach.
+    Raises ValueError for other shapes or values outside [0, 1].
+
+    Example:
+        >>> curves = {"a": [(0, 0), (0.2, 0.6), (1, 1)], "b": [(0, 0), (0.3, 0.7), (1, 1)]}
+        >>> fig = roc(curves, points={"equal": (0.3, 0.65)})
+    """
+    if not isinstance(curves, dict):
+        raise TypeError(f"curves: got {type(curves).__name__}, want a dict name -> (T, 2)")
+    lines = {name: _array(c, f"curves[{name!r}]", 2) for name, c in curves.items()}
+    marks = {name: np.atleast_2d(_array(p, f"points[{name!r}]", 1, 2)) for name, p in (points or {}).items()}
+    for what, found in (("curves", lines), ("points", marks)):
+        for name, c in found.items():
+            if c.shape[1] != 2 or c.min() < -1e-9 or c.max() > 1 + 1e-9:
+                raise ValueError(
+                    f"{what}[{name!r}]: got shape {c.shape} in [{c.min():.3g}, {c.max():.3g}], want (., 2) in [0, 1]"
+                )
+    _lines(lines, "curves", most=6)
+    own, ax = ax is None, _axes(ax, 4.6)
+    if hulls:
+        x = np.linspace(0, 1, 401)
+        top = np.min([_concave(c, x) for c in lines.values()], axis=0)
+        ax.fill_between(
+            100 * x, 100 * np.minimum(x, top), 100 * top, color=_GRID, alpha=0.75, lw=0, label="within reach of all"
+        )
+    ax.plot([0, 100], [0, 100], color="#888888", lw=1.2, ls=DASHES[2], marker="")
+    for i, (name, c) in enumerate(lines.items()):
+        few = len(c) <= 15
+        ax.plot(*(100 * c.T), label=name, **_line(2 * i) | ({"ms": 5} if few else {"marker": ""}))
+    for i, (name, c) in enumerate(marks.items()):
+        face, size = (COLOURS[5], 15) if i == 0 else ("white", 9)
+        mark = {"marker": "*XPDhv"[i % 6], "ms": size, "color": face, "mec": "black", "mew": 1.3, "zorder": 9 - i}
+        ax.plot(*(100 * c.T), ls="", label=name, **mark)
+    ax.set(xlim=(-1, 101), ylim=(-1, 101), aspect="equal", xlabel="false-positive rate (%)", ylabel="true-positive rate (%)",
+           title=_title(title, data_name))  # fmt: skip
+    return _legend(ax, grow=own)
+
+
+def _concave(points: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The least concave function above the points, at x."""
+    hull: list = []
+    for p in points[np.lexsort((-points[:, 1], points[:, 0]))]:
+        if hull and p[0] == hull[-1][0]:
+            continue
+        while len(hull) > 1:
+            (a, b), (c, d) = hull[-1] - hull[-2], p - hull[-2]
+            if a * d < b * c:
+                break
+            hull.pop()
+        hull.append(p)
+    return np.interp(x, *np.transpose(hull))
+
+
+@_styled
+def threshold(table, cut: float, *, title: str = "", data_name: str = "", xlabel: str = "score",
+              ylim: float | None = None, ax: Axes | None = None) -> Figure:  # fmt: skip
+    """Two histograms back to back: people with the outcome above, without it beneath, filled from the cut on, and the rates.
+
+    Selected are scores >= cut. table: columns score, positive, negative (people at each score, >= 0). ylim: the axis' end.
+    Raises ValueError for missing columns or negative counts.
+
+    Example:
+        >>> fig = threshold(pd.DataFrame({"score": [1, 2, 3], "positive": [2, 5, 9], "negative": [9, 4, 1]}), 2)
+    """
+    table = _table(table, ("score", "positive", "negative")).sort_values("score")
+    x, up, down = (table[c].to_numpy(float) for c in ("score", "positive", "negative"))
+    if min(up.min(), down.min()) < 0:
+        raise ValueError("table: got negative counts, want counts >= 0")
+    own, ax = ax is None, _axes(ax, 3.0, grid="y")
+    chosen, width = x >= cut, 0.82 * (np.diff(x).min() if len(x) > 1 else 1)
+    for counts, sign, colour, hatch in ((up, 1, COLOURS[2], "///"), (down, -1, COLOURS[0], "...")):
+        tint = tuple(0.2 * c + 0.8 for c in to_rgb(colour))
+        ax.bar(x, sign * counts, width, color=tint, edgecolor=colour, lw=1)
+        ax.bar(x[chosen], sign * counts[chosen], width, color=colour, edgecolor="white", hatch=hatch, lw=0)
+    ax.axhline(0, color=_INK, lw=1)
+    if chosen.any() and not chosen.all():
+        ax.axvline((x[chosen].min() + x[~chosen].max()) / 2, color=_INK, lw=1.6, ls=DASHES[1])
+    end = ylim or 1.12 * max(up.max(), down.max())
+    tp, fp = up[chosen].sum(), down[chosen].sum()
+    rates = {"FPR": (fp, down.sum()), "FNR": (up.sum() - tp, up.sum()), "PPV": (tp, tp + fp)}
+    text = "   ".join(
+        f"{name} {100 * part / whole:.1f} %" if whole else f"{name} –" for name, (part, whole) in rates.items()
+    )
+    ax.set_title(_title(title, data_name) + "\n" + text, fontsize=11)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    ax.set(ylim=(-end, end), xlabel=xlabel, ylabel="people")
+    if len(x) <= 12:
+        ax.set_xticks(x)
+    entries = {"with the outcome, selected": Patch(facecolor=COLOURS[2], hatch="///", edgecolor="white"),
+               "without it, selected": Patch(facecolor=COLOURS[0], hatch="...", edgecolor="white")}  # fmt: skip
     return _legend(ax, grow=own, entries=entries)

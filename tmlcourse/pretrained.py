@@ -81,13 +81,13 @@ RECIPES: dict[str, Recipe] = {
     "mnist-standard": Recipe("mnist", _CNN, 0.3, (dict(epochs=4),), "SmallCNN, cross-entropy, 4 epochs"),
     "mnist-robust": Recipe(
         "mnist", _CNN, 0.3,
-        (_fast_at(0.3, epochs=8, lr=2e-3), dict(epochs=3, loss=training.adversarial(Linf(0.3), steps=7, alpha=0.1))),
+        (_fast_at(0.3, epochs=8, lr=2e-3), dict(epochs=3, loss=training.adversarial(Linf(0.3), pgd, steps=7, alpha=0.1))),
         "SmallCNN, 8 epochs of fast and 3 of PGD-7 adversarial training, Linf 0.3",
     ),
     "digits-28x28-standard": Recipe("digits-28x28", _CNN, 0.2, (dict(epochs=12),), "SmallCNN, cross-entropy, 12 epochs"),
     "digits-28x28-robust": Recipe(
         "digits-28x28", _CNN, 0.2,
-        (dict(epochs=40, lr=2e-3, loss=training.adversarial(Linf(0.2), steps=3, alpha=0.1)),),
+        (dict(epochs=40, lr=2e-3, loss=training.adversarial(Linf(0.2), pgd, steps=3, alpha=0.1)),),
         "SmallCNN, 40 epochs of PGD-3 adversarial training, Linf 0.2",
     ),
     "mnist-certified": Recipe(

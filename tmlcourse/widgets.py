@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import random
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -141,3 +142,99 @@ def _live(frames: list[bytes], labels: list[str], alts: list[str], title: str, s
     show(start)
     slider.observe(lambda change: show(change["new"]), names="value")
     return ipywidgets.VBox([slider, picture])
+
+
+def thresholds(tables: dict, *, data_name: str = "", score_name: str = "score", start: int | None = None) -> None:
+    """One slider a group: from which score on are people selected, and what follows for the group's error rates.
+
+    tables: dict group -> DataFrame with columns score, positive, negative (people with and without the outcome at each
+    score), the same scores in each. start: index of the score shown first, the middle one without.
+    Raises TypeError or ValueError for what is not so, before anything is shown.
+
+    Example:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"score": [1, 2, 3], "positive": [2, 5, 9], "negative": [9, 4, 1]})
+        >>> thresholds({"a": table, "b": table})  # doctest: +SKIP
+    """
+    if not isinstance(tables, dict) or not tables:
+        raise TypeError(f"tables: got {type(tables).__name__}, want a dict group -> DataFrame")
+    for group, table in tables.items():
+        if missing := {"score", "positive", "negative"} - set(getattr(table, "columns", ())):
+            raise ValueError(f"tables[{group!r}]: no column {', '.join(sorted(missing))}")
+    scores = [sorted(table["score"]) for table in tables.values()]
+    if any(own != scores[0] for own in scores):
+        raise ValueError("tables: got different scores, want the same ones in each group")
+    cuts = scores[0][1:]
+    end = 1.12 * max(table[["positive", "negative"]].to_numpy().max() for table in tables.values())
+    for group, table in tables.items():
+        explorer(
+            lambda cut, table=table, group=group: plot.threshold(
+                table, cut, title=str(group), data_name=data_name, xlabel=score_name, ylim=end
+            ),
+            cuts,
+            title=f"{group}: select from this {score_name} on",
+            label=lambda cut: f"{cut:g} and above",
+            alt=f"Histogram of the {score_name} of group {group}, people with the outcome above the axis, without it below; "
+            "filled are those from {:g} on. The title gives three error rates.".format,
+            start=len(cuts) // 2 if start is None else start,
+        )
+
+
+_FLIPPED = (
+    "const f=this.closest('figure'),d=f.dataset,r=crypto.getRandomValues(new Uint32Array(2)),"
+    "t=r[0]<d.truth*4294967296,y=t?this.value==='yes':r[1]%2===0;d.n=+d.n+1;d.yes=+d.yes+y;"
+    "f.querySelector('output').textContent=(t?'First coin: tail. Tell the truth.':'First coin: head. Second coin: '+"
+    "(y?'head.':'tail.'))+' You report: '+(y?'YES':'NO')+'. ('+d.yes+' YES of '+d.n+' reports from this page.)'"
+)
+
+
+def questionnaire(question: str, *, truth: float = 0.5) -> None:
+    """Ask an awkward question and let two coins answer for the reader: the answer itself is kept nowhere.
+
+    With probability `truth` the first coin shows tail and the true answer is reported, else the second, fair coin's. The
+    coins fall in the reader's browser, or in the kernel where there is one. Only the reports are counted.
+    Raises TypeError or ValueError for an empty question or a truth outside [0, 1].
+
+    Example:
+        >>> questionnaire("Have you ever travelled without a ticket?")  # doctest: +SKIP
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise TypeError(f"question: got {question!r}, want a text that is not empty")
+    if not 0 <= truth <= 1:
+        raise ValueError(f"truth: got {truth}, want a probability in [0, 1]")
+    style = "font-size:1rem;min-width:5rem;min-height:2.5rem;margin:.5rem .5rem .5rem 0;cursor:pointer"
+    buttons = "".join(
+        f'<button type="button" value="{v}" style="{style}" onclick="{html.escape(_FLIPPED)}">{v}</button>'
+        for v in ("yes", "no")
+    )
+    text = (
+        f'<figure class="tml-question" role="group" aria-label="{html.escape(question)}" style="{_CARD}" '
+        f'data-truth="{truth}" data-n="0" data-yes="0"><p style="margin:0">{html.escape(question)}</p>{buttons}'
+        '<output aria-live="polite" style="display:block;min-height:3rem">Press what is true; two coins fall, and only '
+        "what they let you report is counted.</output></figure>"
+    )
+    bundle = {"text/plain": question, "text/html": text}
+    if model_id := _live_questionnaire(question, truth).model_id:
+        view = {"version_major": 2, "version_minor": 0, "model_id": model_id}
+        bundle["application/vnd.jupyter.widget-view+json"] = view
+    display(bundle, raw=True)
+
+
+def _live_questionnaire(question: str, truth: float) -> ipywidgets.VBox:
+    """The same with ipywidgets: its coins are Python's own random source, which no seed repeats."""
+    coins, counts = random.SystemRandom(), {True: 0, False: 0}
+    answer = ipywidgets.HTML("Press what is true; two coins fall, and only what they let you report is counted.")
+
+    def press(button) -> None:
+        tail = coins.random() < truth
+        report = button.description == "yes" if tail else coins.random() < 0.5
+        counts[report] += 1
+        second = "" if tail else f" Second coin: {'head' if report else 'tail'}."
+        first = "First coin: tail. Tell the truth." if tail else "First coin: head."
+        said = f"You report: {'YES' if report else 'NO'}. ({counts[True]} YES of {sum(counts.values())} reports.)"
+        answer.value = f"{first}{second} {said}"
+
+    buttons = [ipywidgets.Button(description=text) for text in ("yes", "no")]
+    for button in buttons:
+        button.on_click(press)
+    return ipywidgets.VBox([ipywidgets.HTML(html.escape(question)), ipywidgets.HBox(buttons), answer])
