@@ -148,6 +148,17 @@ def good_chapter():
         v4.new_markdown_cell("## Exercises"), v4.new_markdown_cell("## Further reading")])  # fmt: skip
 
 
+def test_equations_and_figures_have_names_of_their_own():
+    """Over the whole book: Sphinx takes the first of two."""
+    names = []
+    for chapter in CHAPTERS:
+        notebook = nbformat.read(chapter, 4)
+        names += [label for text in markdown(notebook) for label in re.findall(r"(?m)^\$\$ \(([\w-]+)\)$", text)]
+        names += [cell.metadata.get("mystnb", {}).get("figure", {}).get("name", "") for cell in code(notebook)]
+    names = [name for name in names if name]
+    assert len(names) > 50 and not {name for name in names if names.count(name) > 1}
+
+
 @pytest.mark.parametrize("source, problem", [
     ("# Second title", "exactly one title"),
     ("```{math}\nx\n```", "fenced directive"),
