@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import random
+import re
 import socket
 import struct
 import subprocess
@@ -732,3 +733,57 @@ def test_a_damaged_table_is_named(cache, damage):
     (cache / "winequality-red.csv").write_text("\n".join([header, *damage(rows)]))
     with pytest.raises(ValueError, match="winequality-red.csv.*put back the original"):
         data.load_table("wine_quality")
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """The tables' servers, as a folder: a function that puts a file there under the address that the loader knows."""
+    monkeypatch.setenv("TMLCOURSE_OFFLINE", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TMLCOURSE_DATA", raising=False)
+
+    def put(name, content, digest=None):
+        path = tmp_path / name
+        path.write_bytes(content)
+        digest = digest or hashlib.sha256(content).hexdigest()
+        monkeypatch.setitem(data._REMOTE, name, data._Remote(path.as_uri(), digest))
+
+    return put
+
+
+def test_a_table_is_downloaded_once_and_keeps_no_names_of_people(remote, tmp_path):
+    row = "Jane Doe,1980-01-01,Male,30,Other,0,4,0,0,1,F,{},Less than 25,-1,1,Low\n"
+    header = ("name,dob,sex,age,race,juv_fel_count,decile_score,juv_misd_count,juv_other_count,priors_count,"
+              "c_charge_degree,two_year_recid,age_cat,days_b_screening_arrest,is_recid,score_text\n")  # fmt: skip
+    text = header + "".join(row.format(i % 2) for i in range(7214))
+    remote("compas-scores-two-years.csv", text.encode())
+    table = data.load_table("compas")
+    assert table.X.shape[0] == 7214 and table.y.sum() == 3607
+    kept = (tmp_path / "cache/tmlcourse/compas-scores-two-years.csv").read_text()
+    assert "Jane" not in kept and "1980" not in kept and "dob" not in kept
+    (tmp_path / "compas-scores-two-years.csv").unlink()
+    assert torch.equal(data.load_table("compas").X, table.X)
+    assert len(data.load_table("compas_filtered").y) == 7214
+
+
+@pytest.mark.parametrize("digest", ["0" * 64, None])
+def test_a_wrong_or_half_table_leaves_nothing(digest, remote, tmp_path, capsys):
+    remote("adult.data", b"right", None)
+    remote("adult.test", b"wrong", digest)
+    if digest is None:
+        (tmp_path / "adult.test").unlink()
+    with pytest.raises(FileNotFoundError, match=r"(?s)no download: .*Three ways"):
+        data.load_table("adult")
+    assert not list((tmp_path / "cache/tmlcourse").iterdir())
+    assert data.load_table("adult", fallback="population").name == "population"
+    assert "could not be downloaded" in capsys.readouterr().out
+
+
+def test_the_addresses_cover_every_file_of_a_table():
+    files = {file for table in data._TABLES.values() for file in table.files}
+    assert files == set(data._REMOTE)
+    for file in files - {"compas-scores-two-years.csv"}:  # of which a copy without names may stand in the folder
+        path = Path(os.environ.get("TMLCOURSE_DATA", "")) / file
+        if path.is_file():
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == data._REMOTE[file].sha256
+    assert all(re.fullmatch("[0-9a-f]{64}", r.sha256) and r.url.startswith("https://") for r in data._REMOTE.values())

@@ -10,7 +10,7 @@ from torch import nn
 
 from tmlcourse import data, models, pretrained
 from tmlcourse.certify import Smoothed, certified_accuracy, predict_smoothed, smooth
-from tmlcourse.certify.smoothing import clopper_pearson
+from tmlcourse.intervals import clopper_pearson
 
 
 def halfspaces(seed=0, d=16):
@@ -78,12 +78,17 @@ def test_a_band_whose_smoothed_class_differs_from_the_model():
     assert found.lower.item() < truth and predict_smoothed(Band(), x, 0.2, n=1000, seed=0).item() == 0
 
 
+def lowest(k, n, alpha):
+    """The one-sided bound that `smooth` uses."""
+    return clopper_pearson(k, n, 1 - 2 * alpha)[0]
+
+
 def test_published_values_of_the_bound_and_the_radius():
     """Cohen, Rosenfeld & Kolter 2019: all n copies equal give sigma Phi^-1(alpha^(1/n)); 990 of 1,000 at .5 give .989."""
     for n, expected in ((100, 1.5004752), (1000, 2.4632626), (10**5, 3.8114566)):
-        assert clopper_pearson([n], n, 0.001)[0] == pytest.approx(0.001 ** (1 / n), abs=1e-12)
-        assert norm.ppf(clopper_pearson([n], n, 0.001)[0]) == pytest.approx(expected, abs=1e-6)
-    lower = clopper_pearson([990], 1000, 0.001)[0]
+        assert lowest(n, n, 0.001) == pytest.approx(0.001 ** (1 / n), abs=1e-12)
+        assert norm.ppf(lowest(n, n, 0.001)) == pytest.approx(expected, abs=1e-6)
+    lower = lowest(990, 1000, 0.001)
     assert lower == pytest.approx(0.97603619, abs=1e-8) and 0.5 * norm.ppf(lower) == pytest.approx(0.98900479, abs=1e-7)
     constant = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double().eval()
     constant[1].weight.data.zero_(), constant[1].bias.data.copy_(torch.tensor([0.0, 1, 0]))
@@ -99,13 +104,27 @@ def test_published_values_of_the_bound_and_the_radius():
 )
 def test_clopper_pearson_equals_scipys(k, n, alpha):
     theirs = binomtest(k, n, alternative="greater").proportion_ci(1 - alpha, method="exact").low
-    assert clopper_pearson([k], n, alpha)[0] == pytest.approx(theirs, abs=1e-12)
+    assert lowest(k, n, alpha) == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize("k, n", [(0, 1), (0, 7), (3, 10), (10, 10), (412, 5000)])
+def test_both_ends_equal_scipys(k, n):
+    theirs = binomtest(k, n).proportion_ci(0.9, method="exact")
+    assert clopper_pearson(k, n, 0.9) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    low, high = clopper_pearson([k, 0], [n, n], 0.9)
+    assert (low[0], high[0]) == clopper_pearson(k, n, 0.9) and low[1] == 0
+
+
+@pytest.mark.parametrize("k, n", [(-1, 3), (4, 3), (0, 0)])
+def test_counts_out_of_range(k, n):
+    with pytest.raises(ValueError, match="k, n: got counts out of range"):
+        clopper_pearson(k, n)
 
 
 def test_the_bound_covers_as_promised_for_every_probability():
     """P(lower > p) summed over the binomial distribution exactly: at most alpha, and not far below it on average."""
     n, alpha = 60, 0.05
-    lower, wrong = clopper_pearson(np.arange(n + 1), n, alpha), []
+    lower, wrong = lowest(np.arange(n + 1), n, alpha), []
     for p in np.linspace(0.02, 0.98, 97):
         wrong.append(binom.pmf(np.arange(n + 1), n, p)[lower > p].sum())
     assert max(wrong) <= alpha + 1e-12 and np.mean(wrong) > 0.5 * alpha
@@ -172,7 +191,7 @@ def test_digits_and_what_a_call_leaves_behind():
     odd = smooth(
         model, test.x, 0.5, n0=7, n=53, batch_size=10, seed=0
     )  # batches that cut through images count all copies
-    assert (odd.lower <= clopper_pearson([53], 53, 0.001)[0] + 1e-12).all() and (odd.label == runs[0].label).sum() >= 3
+    assert (odd.lower <= lowest(53, 53, 0.001) + 1e-12).all() and (odd.label == runs[0].label).sum() >= 3
 
 
 @pytest.mark.parametrize("change, error, message", [

@@ -124,6 +124,35 @@ _TABLES = {
 }  # fmt: skip
 
 
+class _Remote(NamedTuple):
+    url: str
+    sha256: str
+
+
+# Copies at fixed commits, where a repository has the bytes; the checksum says that they are the ones meant.
+_GITHUB = "https://raw.githubusercontent.com"
+_REMOTE = {
+    "winequality-red.csv": _Remote(
+        f"{_GITHUB}/STATCowboy/SnakeCharmer-Intro/193fc3f312ab4b519861ad1e161efca8d30a5246/winequality-red.csv",
+        "4a402cf041b025d4566d954c3b9ba8635a3a8a01e039005d97d6a710278cf05e"),
+    "spambase.data": _Remote(
+        f"{_GITHUB}/PasaLab/DIFER/13288e161f342adc63b6d7c0f2ccd51d47882619/data/spambase.csv",
+        "ebec58cfca94ea61c77df632314acae15bad410f4769d38b1a66cb41050e3431"),
+    "compas-scores-two-years.csv": _Remote(
+        f"{_GITHUB}/propublica/compas-analysis/bafff5da3f2e45eca6c2d5055faad269defd135a/compas-scores-two-years.csv",
+        "c451db85908b2f7fef1d83203bedf6b71ecda0d5af468d82ae62178f91d0cc7d"),
+    "adult.data": _Remote(
+        "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/adult.data",
+        "5b00264637dbfec36bdeaab5676b0b309ff9eb788d63554ca0a249491c86603d"),
+    "adult.test": _Remote(
+        "https://archive.ics.uci.edu/ml/machine-learning-databases/adult/adult.test",
+        "a2a9044bc167a35b2361efbabec64e89d69ce82d9790d2980119aac5fd7e9c05"),
+    "german.data": _Remote(
+        f"{_GITHUB}/uknowwho/pafer/2156a51ab19a41b359307d5488c1b5d836aea59f/german.data",
+        "b21f3d81db8071257d5ff1deaeba1fd4303b62712e6fcc9715c7a86202cb5871"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
     """Rows `X` float64 (n, d) in the table's own units, `y` (n,), `feature_names` of the columns, a `name` for figures.
@@ -271,12 +300,13 @@ def load_table(name: str, *, fallback: str | None = None, root: str | Path | Non
 
     Embedded in scikit-learn: "wine" (178 x 13, three classes), "breast_cancer" (569 x 30, two), "diabetes" (442 x 10,
     regression). Made on the spot: "population" (6,000 x 14), people who do not exist, see `population`. Read from a file
-    in `root`, in $TMLCOURSE_DATA or in the cache:
+    in `root`, in $TMLCOURSE_DATA or in the cache, or else downloaded into the cache and checked (not with
+    $TMLCOURSE_OFFLINE=1):
 
     - "wine_quality": `winequality-red.csv`, 1,599 x 11; y is the graded quality, a number.
     - "spambase": `spambase.data`, 4,601 x 57 frequencies; y = 1 is spam.
     - "compas": `compas-scores-two-years.csv`, 7,214 rows; y = 1 is a new charge in two years. Only the columns that the
-      analysis needs are read; names, birth dates and case numbers of the people in it never are.
+      analysis needs are read, or kept after a download; names, birth dates and case numbers of the people in it are not.
     - "compas_filtered": the 6,172 rows of these that ProPublica's own regression uses, with the classes of age beside.
     - "adult": `adult.data` and after it `adult.test`, 32,561 + 16,281 rows; y = 1 is an income above 50K.
     - "german": `german.data`, 1,000 rows; y = 1 is a good credit risk.
@@ -302,18 +332,22 @@ def load_table(name: str, *, fallback: str | None = None, root: str | Path | Non
     for folder in folders:
         if all(os.path.exists(folder / file) for file in table.files):
             return _read_table(name, table, [folder / file for file in table.files])
+    try:
+        return _read_table(name, table, _download_table(table, folders[-1]))
+    except (OSError, RuntimeError, HTTPException) as error:
+        cause = error
     wanted = " and ".join(table.files)
     if fallback is None:
         raise FileNotFoundError(
             textwrap.dedent(f"""\
-            {name}: no {wanted} in {", ".join(map(str, folders))}
+            {name}: no {wanted} in {", ".join(map(str, folders))}; no download: {_one_line(cause, 300)}
             Three ways to go on:
               1. get {table.source} and put {wanted} in a folder named by $TMLCOURSE_DATA or root=;
-              2. put the same into the cache, {folders[-1]};
+              2. run this once with a network connection, and no TMLCOURSE_OFFLINE: the cache, {folders[-1]}, keeps it;
               3. use an embedded table instead: one of {", ".join(_EMBEDDED)} as name, or as fallback=.""")
-        )
-    print(f"tmlcourse: {name} ({wanted}) is not here. Instead: the embedded table {fallback!r}; what follows shows it, "
-          f"not {name}.")  # fmt: skip
+        ) from cause
+    print(f"tmlcourse: {name} ({wanted}) is not here and could not be downloaded ({_one_line(cause, 160)}). Instead: the "
+          f"embedded table {fallback!r}; what follows shows it, not {name}.")  # fmt: skip
     return _embedded(fallback)
 
 
@@ -376,6 +410,38 @@ def _embedded(name: str) -> Table:
     classes = tuple(map(str, bunch.get("target_names", ())))
     y = torch.from_numpy(bunch.target).to(torch.int64 if classes else torch.float64)
     return Table(torch.from_numpy(bunch.data).double(), y, tuple(map(str, bunch.feature_names)), name, classes)
+
+
+def _download_table(table: _File, cache: Path) -> list[Path]:
+    """Fetch a table's files into a temporary folder in the cache, check them, and move what is complete into place."""
+    if checks.switch("TMLCOURSE_OFFLINE"):
+        raise OSError("TMLCOURSE_OFFLINE is set")
+    cache.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # a firewall that drops packets would hold the reader for minutes
+    try:
+        with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+            for file in table.files:
+                torch.hub.download_url_to_file(
+                    _REMOTE[file].url, os.path.join(folder, file), hash_prefix=_REMOTE[file].sha256, progress=False
+                )
+                if table.options.get("header") == 0:
+                    _forget(Path(folder) / file, table.options.get("sep", ","))
+            for file in table.files:
+                os.replace(os.path.join(folder, file), cache / file)
+    finally:
+        socket.setdefaulttimeout(patience)
+    return [cache / file for file in table.files]
+
+
+def _forget(path: Path, sep: str) -> None:
+    """Keep the columns that our tables read, and none of the others: in one file those are names of people."""
+    import pandas as pd
+
+    tables = [table for table in _TABLES.values() if path.name in table.files]
+    needed = {column.removeprefix("*") for table in tables for column in table.columns}
+    frame = pd.read_csv(path, sep=sep, usecols=lambda column: column in needed, dtype=str, keep_default_na=False)
+    frame.to_csv(path, sep=sep, index=False)
 
 
 def _read_table(name: str, table: _File, paths: list[Path]) -> Table:

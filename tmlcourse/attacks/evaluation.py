@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from .. import checks, progress
+from ..intervals import clopper_pearson
 from .gradient import pgd
 
 
@@ -109,8 +109,7 @@ def robust_accuracy(
                     broken_by[i] = name
                 bar.update(len(index))
     k, n = int(standing.sum()), len(x)
-    interval = binomtest(k, n).proportion_ci(0.95, method="exact")
-    return RobustAccuracy(k / n, interval.low, interval.high, n, clean, standing, x_adv, tuple(broken_by))
+    return RobustAccuracy(k / n, *clopper_pearson(k, n), n, clean, standing, x_adv, tuple(broken_by))
 
 
 @torch.no_grad()

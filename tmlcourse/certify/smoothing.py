@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from scipy.stats import beta, binom, norm
+from scipy.stats import binom, norm
 from torch import Tensor
 
 from .. import checks, progress
+from ..intervals import clopper_pearson
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def smooth(
     with progress.bar(total=len(x) * (n0 + n), desc="smooth", unit="copy") as bar:
         chosen = draw(n0, bar).argmax(1, keepdim=True)
         hits = draw(n, bar).gather(1, chosen).squeeze(1)
-    lower = torch.from_numpy(clopper_pearson(hits.cpu().numpy(), n, alpha)).to(x.device)
+    lower = torch.from_numpy(clopper_pearson(hits.cpu().numpy(), n, 1 - 2 * alpha)[0]).to(x.device)  # one end alone
     sure = lower > 0.5
     radius = torch.from_numpy(norm.ppf(lower.clamp_min(0.5).cpu().numpy())).to(x.device) * sigma
     return Smoothed(torch.where(sure, chosen.squeeze(1), -1), radius, lower)
@@ -107,18 +108,6 @@ def predict_smoothed(
     first, second = votes.cpu().numpy().T
     chance = 2 * binom.sf(first - 1, first + second, 0.5)  # twice one tail: above 1 on a tie
     return torch.where(torch.from_numpy(chance <= alpha).to(x.device), labels[:, 0], -1)
-
-
-def clopper_pearson(k, n: int, alpha: float):
-    """Lower bound of a probability from k successes in n trials, below it with probability at least 1 - alpha.
-
-    The p for which P(Binomial(n, p) >= k) = alpha: the alpha quantile of Beta(k, n - k + 1), 0 for k = 0. k: array of counts.
-
-    Source: Clopper & Pearson 1934.
-    Example: `clopper_pearson([990], 1000, 0.001)`.
-    """
-    k = torch.as_tensor(k).double().numpy()
-    return beta.ppf(alpha, k.clip(1), n - k + 1) * (k > 0)
 
 
 def certified_accuracy(smoothed: Smoothed, y: Tensor, radii) -> pd.DataFrame:

@@ -14,6 +14,7 @@ import torch
 
 from .. import checks
 from ..data import Table
+from ..intervals import clopper_pearson
 
 RATES = ("prevalence", "selection_rate", "accuracy", "fpr", "fnr", "tpr", "ppv", "npv")
 
@@ -377,8 +378,6 @@ def calibration(y, score, group, *, bins: int = 10, level: float = 0.95) -> Cali
     Source: Chouldechova 2017; Clopper & Pearson 1934.
     Example: `calibration([0, 1, 0, 1], [0.2, 0.8, 0.2, 0.8], ["a", "a", "b", "b"]).errors`.
     """
-    from scipy.stats import beta  # takes a second: only when it is needed
-
     y = binary(y, "y")
     score = unit(score, "score", len(y))
     codes, names = membership(group, len(y))
@@ -391,10 +390,9 @@ def calibration(y, score, group, *, bins: int = 10, level: float = 0.95) -> Cali
     frame = pd.DataFrame({"group": np.array(names, dtype=object)[codes], "bin": place, "score": score, "y": y})
     table = frame.groupby(["group", "bin"], sort=True).agg(score=("score", "mean"), k=("y", "sum"), n=("y", "size"))
     table = table.reset_index()
-    k, n, tail = table.pop("k").to_numpy(), table["n"].to_numpy(), (1 - level) / 2
+    k, n = table.pop("k").to_numpy(), table["n"].to_numpy()
     table["observed"] = k / n
-    table["low"] = np.where(k > 0, beta.ppf(tail, k.clip(1), n - k + 1), 0.0)
-    table["high"] = np.where(k < n, beta.ppf(1 - tail, k + 1, (n - k).clip(1)), 1.0)
+    table["low"], table["high"] = clopper_pearson(k, n, level)
     off = (table["observed"] - table["score"]).abs() * table["n"]
     errors = off.groupby(table["group"]).sum() / table.groupby("group")["n"].sum()
     return Calibration(table[["group", "bin", "score", "observed", "low", "high", "n"]], errors)

@@ -1,5 +1,6 @@
 """Privacy: mechanisms, accounting, private learning and its audit."""
 
+from ..intervals import clopper_pearson
 from .accounting import (
     ORDERS,
     Accountant,
@@ -14,7 +15,6 @@ from .audit import Audit, advantage_bound, audit, lower_bound
 from .dp_sgd import PrivateRun, clipped_gradient, dp_sgd, per_example_gradients
 from .mechanisms import (
     Estimate,
-    clopper_pearson,
     estimate,
     exponential,
     gaussian,

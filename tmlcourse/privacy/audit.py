@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from .. import checks, progress
-from .mechanisms import clopper_pearson, positive, probability
+from ..intervals import clopper_pearson
+from .mechanisms import positive, probability
 
 
 @dataclass(frozen=True)

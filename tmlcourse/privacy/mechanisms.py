@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
-from scipy.stats import beta
 from torch import Tensor
 
 from .. import checks
+from ..intervals import clopper_pearson
 
 _GRID = -24  # the grid's step is the power of two next below the sensitivity, times 2^-24
 _LARGEST = 2.0**28  # a value of so many sensitivities still has 2^-24 of one in its 53 bits
@@ -132,18 +132,6 @@ def estimate(reports: Tensor, *, truth: float = 0.5, yes: float = 0.5, confidenc
     value, *ends = ((v - (1 - truth) * yes) / truth for v in (share, low, high))
     low, high = (min(max(v, 0.0), 1.0) for v in ends)
     return Estimate(value, share * (1 - share) / (truth**2 * n), low, high)
-
-
-def clopper_pearson(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The exact interval of a probability of which `count` hits in `n` trials were seen.
-
-    Source: Clopper & Pearson 1934.
-    Example: `clopper_pearson(3, 10)`.
-    """
-    tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, count, n - count + 1)) if count > 0 else 0.0
-    high = float(beta.ppf(1 - tail, count + 1, n - count)) if count < n else 1.0
-    return low, high
 
 
 # ---- additive noise

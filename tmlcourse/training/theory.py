@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from scipy.optimize import linprog
 from scipy.special import ndtr, wofz
-from scipy.stats import binomtest
 from torch import Tensor
 
 from .. import checks
+from ..intervals import clopper_pearson
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def estimate(hits: Tensor) -> Estimate:
         got = f"{hits.dtype} {tuple(hits.shape)}" if isinstance(hits, Tensor) else type(hits).__name__
         raise TypeError(f"hits: got {got}, want a bool tensor (N,) with N >= 1")
     k, n = int(hits.sum()), len(hits)
-    interval = binomtest(k, n).proportion_ci(0.95, method="exact")
-    return Estimate(k / n, interval.low, interval.high, n)
+    return Estimate(k / n, *clopper_pearson(k, n), n)
 
 
 # --- Schmidt's Gaussian model ----------------------------------------------------------------------------------------
