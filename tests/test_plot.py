@@ -364,6 +364,12 @@ def test_published_values_stand_beside_ours():
     assert published.get_xdata()[0] == 98.8 and published.get_markerfacecolor() == "white"
 
 
+def test_nothing_published_is_not_announced():
+    ax = plot.bars_against_published(PUBLISHED.assign(published=NAN), data_name="digits").axes[0]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["ours, with interval"]
+    assert "ublished" not in ax.get_title(loc="left") + ax.get_title()
+
+
 NAN = float("nan")
 BAD = [
     (lambda: plot.images(X * 255), ValueError, r"x: got values in \[0, 255\]"),
