@@ -108,6 +108,22 @@ def nonnegative(value, name: str) -> float:
     return float(value)
 
 
+def positive(value, name: str) -> float:
+    """Require a finite number > 0."""
+    if nonnegative(value, name) == 0:
+        raise ValueError(f"{name}: got 0, want a number > 0")
+    return float(value)
+
+
+def probability(value, name: str, *, zero: bool = False, one: bool = False) -> float:
+    """Require a number in (0, 1); 0 and 1 themselves only where asked for."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r}, want a number between 0 and 1")
+    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
+        raise ValueError(f"{name}: got {value}, want a number in {'[' if zero else '('}0, 1{']' if one else ')'}")
+    return float(value)
+
+
 def choice(value, name: str, options) -> str:
     """Require one of the named options."""
     if value not in options:

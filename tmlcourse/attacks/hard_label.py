@@ -186,8 +186,7 @@ def _signs(rays: _Rays, index, theta, g, beta, generator, *, q: int) -> Tensor:
 def _descend(estimate, predict, x, y, queries, beta, starts, tries, target, box, seed, name) -> Tensor:
     checks.labels(y, checks.images(x))
     checks.positive_int(tries, "tries")
-    if checks.nonnegative(beta, "beta") == 0:
-        raise ValueError("beta: got 0, want a number > 0")
+    checks.positive(beta, "beta")
     if target is not None and (checks.labels(target, x, "target") == y).any():
         raise ValueError(f"target: got the true label for {int((target == y).sum())} images, want other classes")
     if box is not None and not box[0] < box[1]:

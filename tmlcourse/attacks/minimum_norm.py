@@ -237,8 +237,7 @@ def carlini_wagner(
     checks.choice(norm, "norm", ("l2", "l0", "linf"))
     checks.positive_int(steps, "steps")
     checks.positive_int(search, "search")
-    if checks.nonnegative(lr, "lr") == 0:
-        raise ValueError("lr: got 0, want a number > 0")
+    checks.positive(lr, "lr")
     checks.nonnegative(kappa, "kappa")
     forward, best, todo, size = _prepare(model, x, y, target, "linf" if norm == "linf" else "l2", batch_size, kappa)
     if not len(todo):
@@ -291,8 +290,7 @@ def elastic_net(
     checks.choice(rule, "rule", ("en", "l1"))
     checks.positive_int(steps, "steps")
     checks.positive_int(search, "search")
-    if checks.nonnegative(lr, "lr") == 0:
-        raise ValueError("lr: got 0, want a number > 0")
+    checks.positive(lr, "lr")
     checks.nonnegative(kappa, "kappa")
 
     def elastic(r: Tensor) -> Tensor:

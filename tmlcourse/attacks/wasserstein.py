@@ -171,8 +171,7 @@ def _check(x, eps, kernel, lam, iterations):
     checks.nonnegative(eps, "eps")
     if checks.positive_int(kernel, "kernel") % 2 == 0:
         raise ValueError(f"kernel: got {kernel}, want an odd number of pixels")
-    if checks.nonnegative(lam, "lam") == 0:
-        raise ValueError("lam: got 0, want a number > 0")
+    checks.positive(lam, "lam")
     checks.positive_int(iterations, "iterations")
 
 

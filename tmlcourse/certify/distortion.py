@@ -72,8 +72,7 @@ def distortion(
     Example: `[(d.low, d.high) for d in distortion(model, x, y, time_limit=10)]`.
     """
     check(model, x, y, 0.0, box)
-    if checks.nonnegative(tolerance, "tolerance") == 0:
-        raise ValueError("tolerance: got 0, want a number > 0")
+    checks.positive(tolerance, "tolerance")
     if time_limit is not None:
         checks.nonnegative(time_limit, "time_limit")
     check_jobs(n_jobs, solver)

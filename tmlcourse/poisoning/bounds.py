@@ -134,8 +134,7 @@ def certified_bound(
     checks.choice(loss, "loss", LOSSES)
     if defense.data_dependent and defense.slabs is not None and loss != "hinge":
         raise ValueError("loss: got 'logistic' with a data-dependent slab, want 'hinge' there")
-    if checks.nonnegative(rho, "rho") == 0:
-        raise ValueError("rho: got 0, want a number > 0")
+    checks.positive(rho, "rho")
     checks.positive_int(steps, "steps", least=2)
     checks.positive_int(seed, "seed", least=0)
     problem = _Problem(torch.cat([rows, torch.ones_like(rows[:, :1])], 1) * signs[:, None], signs, float(rho), loss)

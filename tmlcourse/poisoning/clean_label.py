@@ -203,8 +203,7 @@ def meta_poison(
     start, where, label = _chosen(models, data, target, adversarial_label, budget, seed)
     checks.positive_int(unroll, "unroll")
     checks.positive_int(batch_size, "batch_size")
-    if checks.nonnegative(lr, "lr") == 0:
-        raise ValueError("lr: got 0, want a number > 0")
+    checks.positive(lr, "lr")
     clean = torch.ones(len(data.x), dtype=torch.bool, device=start.device)
     clean[where] = False
     clean = clean.nonzero().squeeze(1)

@@ -95,8 +95,7 @@ def neural_cleanse(
         raise ValueError(f"x: got shape {tuple(x.shape)}, want images (N, C, H, W)")
     checks.positive_int(steps, "steps", least=10), checks.positive_int(batch_size, "batch_size")
     for name, value in (("lr", lr), ("lam", lam), ("success", success)):
-        if checks.nonnegative(value, name) == 0:
-            raise ValueError(f"{name}: got 0, want a number > 0")
+        checks.positive(value, name)
     if success > 1:
         raise ValueError(f"success: got {success}, want a share in (0, 1]")
     checks.nonnegative(threshold, "threshold")

@@ -109,8 +109,8 @@ def split_clients(
         raise TypeError(f"y: got {type(y).__name__}, want int64 labels (n,)")
     if checks.positive_int(clients, "clients", least=2) > len(y):
         raise ValueError(f"clients: got {clients} for {len(y)} examples, want at most one client an example")
-    if concentration is not None and checks.nonnegative(concentration, "concentration") == 0:
-        raise ValueError("concentration: got 0, want a number > 0")
+    if concentration is not None:
+        checks.positive(concentration, "concentration")
     seed = int(torch.randint(2**62, ())) if seed is None else checks.positive_int(seed, "seed", least=0)
     rng, labels = np.random.default_rng(seed), y.cpu().numpy()
     parts = [[] for _ in range(clients)]
@@ -153,8 +153,7 @@ class Attacker:
             raise TypeError(f"trigger: got {type(self.trigger).__name__}, want a Trigger")
         if not 0 < checks.nonnegative(self.share, "share") <= 1:
             raise ValueError(f"share: got {self.share}, want a number in (0, 1]")
-        if checks.nonnegative(self.scale, "scale") == 0:
-            raise ValueError("scale: got 0, want a number > 0")
+        checks.positive(self.scale, "scale")
 
 
 def federated_average(

@@ -55,8 +55,7 @@ def gradient_attack(
         raise ValueError(f"defense: made for classes {defense.labels} and {defense.centroids.shape[1]} features, "
                          f"want {labels} and {rows.shape[1]}")  # fmt: skip
     checks.choice(loss, "loss", LOSSES)
-    if checks.nonnegative(rho, "rho") == 0:
-        raise ValueError("rho: got 0, want a number > 0")
+    checks.positive(rho, "rho")
     checks.positive_int(points, "points")
     checks.positive_int(steps, "steps")
     checks.nonnegative(alpha, "alpha")

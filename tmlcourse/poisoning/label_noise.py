@@ -145,8 +145,7 @@ def noise_svm(C: float = 1.0, *, flip: float, smooth: float = 1e-6) -> Learner:
     Example: `noise_svm(1.0, flip=0.1).signs`.
     """
     for name, value in (("C", C), ("smooth", smooth)):
-        if checks.nonnegative(value, name) == 0:
-            raise ValueError(f"{name}: got 0, want a number > 0")
+        checks.positive(value, name)
     if checks.nonnegative(flip, "flip") >= 0.5:
         raise ValueError(f"flip: got {flip}, want a probability in [0, 0.5): beyond it labels mislead")
     s = (1 - 2 * flip) ** 2

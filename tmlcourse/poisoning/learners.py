@@ -202,8 +202,7 @@ def _rounded_newton(theta: Tensor, X: Tensor, y: Tensor, C: float, smooth: float
 
 def _positive(**values) -> None:
     for name, value in values.items():
-        if checks.nonnegative(value, name) == 0:
-            raise ValueError(f"{name}: got 0, want a number > 0")
+        checks.positive(value, name)
 
 
 def examples(X, y, learner: Learner) -> tuple[Tensor, Tensor]:

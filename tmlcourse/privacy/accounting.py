@@ -23,7 +23,7 @@ from scipy.signal import lfilter
 from scipy.special import logsumexp, ndtr, ndtri
 
 from .. import checks
-from .mechanisms import gaussian_eps, positive, probability
+from .mechanisms import gaussian_eps
 
 ORDERS = (*(1 + i / 10 for i in range(1, 100)), *range(11, 64), 128, 256, 512, 1024)
 TAIL = 1e-13  # mass that the numerical accountant gives up, as an addition to delta
@@ -45,10 +45,10 @@ def advanced_composition(eps: float, delta: float, steps: int, slack: float) -> 
     Source: Dwork, Rothblum & Vadhan 2010; Dwork & Roth 2014, theorem 3.20.
     Example: `advanced_composition(0.1, 0.0, 100, 1e-5)`.
     """
-    positive(eps, "eps")
-    probability(delta, "delta", zero=True)
+    checks.positive(eps, "eps")
+    checks.probability(delta, "delta", zero=True)
     checks.positive_int(steps, "steps")
-    probability(slack, "slack")
+    checks.probability(slack, "slack")
     advanced = eps * math.sqrt(2 * steps * math.log(1 / slack)) + steps * eps * math.expm1(min(eps, 700))
     if advanced >= steps * eps:
         return steps * eps, steps * delta
@@ -63,9 +63,9 @@ def amplify(eps: float, delta: float, q: float) -> tuple[float, float]:
     Source: Li, Qardaji & Su 2012; Balle, Barthe & Gaboardi 2018.
     Example: `amplify(1.0, 1e-5, 0.01)`.
     """
-    positive(eps, "eps")
-    probability(delta, "delta", zero=True)
-    probability(q, "q", zero=True, one=True)
+    checks.positive(eps, "eps")
+    checks.probability(delta, "delta", zero=True)
+    checks.probability(q, "q", zero=True, one=True)
     return math.log1p(q * math.expm1(eps)) if eps < 700 else eps + math.log(max(q, 1e-320)), q * delta
 
 
@@ -75,8 +75,8 @@ def for_groups(eps: float, delta: float, size: int) -> tuple[float, float]:
     Source: Dwork & Roth 2014, theorem 2.2, with the sum of its series.
     Example: `for_groups(0.5, 1e-6, 4)`.
     """
-    positive(eps, "eps")
-    probability(delta, "delta", zero=True)
+    checks.positive(eps, "eps")
+    checks.probability(delta, "delta", zero=True)
     checks.positive_int(size, "size")
     total = sum(math.exp(min(i * eps, 700)) for i in range(size))
     return size * eps, min(1.0, delta * total)
@@ -98,8 +98,8 @@ def rdp_gaussian(sigma: float, q: float = 1.0, orders: Sequence[float] = ORDERS)
     Source: Mironov 2017; Abadi et al. 2016; Mironov, Talwar & Zhang 2019 for the sampled mechanism.
     Example: `rdp_gaussian(1.0, 0.01, [2, 4.5])`.
     """
-    positive(sigma, "sigma")
-    probability(q, "q", zero=True, one=True)
+    checks.positive(sigma, "sigma")
+    checks.probability(q, "q", zero=True, one=True)
     orders = np.asarray(orders, dtype=float)
     if orders.ndim != 1 or orders.size == 0 or not (orders > 1).all() or not np.isfinite(orders).all():
         raise ValueError(f"orders: got {orders}, want finite numbers > 1")
@@ -127,7 +127,7 @@ def rdp_to_eps(rdp, orders, delta: float, *, conversion: str = "improved") -> fl
 
     Example: `rdp_to_eps(rdp_gaussian(1.0), ORDERS, 1e-5)`.
     """
-    probability(delta, "delta")
+    checks.probability(delta, "delta")
     a, r = np.asarray(orders, dtype=float), np.asarray(rdp, dtype=float)
     if checks.choice(conversion, "conversion", ("improved", "classic")) == "classic":
         eps = r - math.log(delta) / (a - 1)
@@ -278,7 +278,7 @@ class Accountant:
         Raises: ValueError for sigma <= 0, q outside (0, 1], steps < 1.
         Example: `Accountant().add(sigma=2.0).add(sigma=1.0, q=0.01, steps=100)`.
         """
-        new = positive(sigma, "sigma"), probability(q, "q", one=True), checks.positive_int(steps, "steps")
+        new = checks.positive(sigma, "sigma"), checks.probability(q, "q", one=True), checks.positive_int(steps, "steps")
         if self.events and self.events[-1][:2] == new[:2]:
             return Accountant((*self.events[:-1], (*new[:2], self.events[-1][2] + steps)))
         return Accountant((*self.events, new))
@@ -298,7 +298,7 @@ class Accountant:
 
         Raises: ValueError for delta outside (0, 1), an unknown method, or one that does not apply.
         """
-        probability(delta, "delta")
+        checks.probability(delta, "delta")
         checks.choice(method, "method", ("pld", "rdp", "zcdp", "advanced"))
         if not self.events:
             return 0.0
@@ -346,7 +346,7 @@ def noise_for(
     Raises: ValueError for a budget that no sigma below 1e6 meets, or bad input.
     Example: `noise_for(2.0, 1e-5, q=0.01, steps=1000)`.
     """
-    positive(eps, "eps")
+    checks.positive(eps, "eps")
 
     def spent(sigma: float) -> float:
         return Accountant().add(sigma=sigma, q=q, steps=steps).eps(delta, method, conversion=conversion)

@@ -15,7 +15,6 @@ import torch
 
 from .. import checks, progress
 from ..intervals import clopper_pearson
-from .mechanisms import positive, probability
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Audit:
 
     def breaks(self, claimed: float) -> bool:
         """Whether the claim "at most this eps" is refuted."""
-        return self.eps > positive(claimed, "claimed")
+        return self.eps > checks.positive(claimed, "claimed")
 
     def __str__(self) -> str:
         return f"eps >= {self.eps:.3f} at confidence {self.confidence:g}, from {self.trials} runs each"
@@ -91,8 +90,8 @@ def lower_bound(present, absent, *, delta: float = 0.0, confidence: float = 0.95
     Source: as for `audit`.
     Example: `lower_bound(range(20, 60), range(40))`.
     """
-    probability(delta, "delta", zero=True)
-    probability(confidence, "confidence")
+    checks.probability(delta, "delta", zero=True)
+    checks.probability(confidence, "confidence")
     sides = []
     for name, values in (("present", present), ("absent", absent)):
         values = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(list(values), float)
@@ -134,5 +133,5 @@ def advantage_bound(eps: float, delta: float = 0.0) -> float:
     Example: `advantage_bound(1.0)`.
     """
     checks.nonnegative(eps, "eps")
-    probability(delta, "delta", zero=True)
+    checks.probability(delta, "delta", zero=True)
     return math.tanh(eps / 2) + 2 * delta / (math.exp(min(eps, 700)) + 1)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from .. import checks, progress
 from ..training import accuracy, constant
 from .accounting import Accountant, noise_for
-from .mechanisms import positive, probability
 
 _MIXING = (nn.modules.batchnorm._BatchNorm,)
 
@@ -312,9 +311,9 @@ def dp_sgd(
     n = len(data.x)
     if (eps is None) == (noise is None):
         raise ValueError(f"eps, noise: got {eps} and {noise}, want exactly one of them")
-    positive(noise if eps is None else eps, "noise" if eps is None else "eps")
-    positive(clip, "clip")
-    probability(delta, "delta")
+    checks.positive(noise if eps is None else eps, "noise" if eps is None else "eps")
+    checks.positive(clip, "clip")
+    checks.probability(delta, "delta")
     checks.positive_int(epochs, "epochs")
     checks.nonnegative(lr, "lr")
     if checks.positive_int(batch_size, "batch_size") > n:

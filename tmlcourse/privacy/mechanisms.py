@@ -28,22 +28,6 @@ _GRID = -24  # the grid's step is the power of two next below the sensitivity, t
 _LARGEST = 2.0**28  # a value of so many sensitivities still has 2^-24 of one in its 53 bits
 
 
-def positive(value, name: str) -> float:
-    """Require a finite number > 0."""
-    if checks.nonnegative(value, name) == 0:
-        raise ValueError(f"{name}: got 0, want a number > 0")
-    return float(value)
-
-
-def probability(value, name: str, *, zero: bool = False, one: bool = False) -> float:
-    """Require a number in (0, 1); 0 and 1 themselves only where asked for."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {value!r}, want a number between 0 and 1")
-    if not (0 < value < 1 or (zero and value == 0) or (one and value == 1)):
-        raise ValueError(f"{name}: got {value}, want a number in {'[' if zero else '('}0, 1{']' if one else ')'}")
-    return float(value)
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A private answer: `value`, the `variance` of its noise, and an interval `low`, `high` at the asked-for confidence.
@@ -87,8 +71,8 @@ def randomized_response(answers: Tensor, *, truth: float = 0.5, yes: float = 0.5
         raise TypeError(f"answers: got {got}, want a torch.Tensor of booleans")
     if answers.numel() == 0:
         raise ValueError("answers: got none, want at least one")
-    probability(truth, "truth", zero=True, one=True)
-    probability(yes, "yes")
+    checks.probability(truth, "truth", zero=True, one=True)
+    checks.probability(yes, "yes")
     first, second = torch.rand(2, *answers.shape, generator=_generator(seed), dtype=torch.float64)
     return torch.where((first < truth).to(answers.device), answers, (second < yes).to(answers.device))
 
@@ -98,8 +82,8 @@ def response_eps(truth: float = 0.5, yes: float = 0.5) -> float:
 
     Example: `response_eps(0.5)`.
     """
-    probability(truth, "truth", zero=True, one=True)
-    probability(yes, "yes")
+    checks.probability(truth, "truth", zero=True, one=True)
+    checks.probability(yes, "yes")
     if truth == 1:
         return math.inf
     lie = (1 - truth) * min(yes, 1 - yes)
@@ -123,9 +107,9 @@ def estimate(reports: Tensor, *, truth: float = 0.5, yes: float = 0.5, confidenc
     if not isinstance(reports, Tensor) or reports.dtype != torch.bool or reports.numel() == 0:
         got = (reports.dtype, tuple(reports.shape)) if isinstance(reports, Tensor) else type(reports).__name__
         raise TypeError(f"reports: got {got}, want a non-empty torch.Tensor of booleans")
-    probability(truth, "truth", one=True)
-    probability(yes, "yes")
-    probability(confidence, "confidence")
+    checks.probability(truth, "truth", one=True)
+    checks.probability(yes, "yes")
+    checks.probability(confidence, "confidence")
     n, count = reports.numel(), int(reports.sum())
     low, high = clopper_pearson(count, n, confidence)
     share = count / n
@@ -152,7 +136,7 @@ def laplace(value, *, sensitivity: float, eps: float, seed: int | None = None) -
     Source: Dwork, McSherry, Nissim & Smith 2006; the grid: Mironov 2012.
     Example: `laplace(41, sensitivity=1, eps=0.5, seed=0)`.
     """
-    positive(eps, "eps")
+    checks.positive(eps, "eps")
     value, step, shape = _on_grid(value, sensitivity)
     scale = (sensitivity + value.numel() * step) / eps
     first, second = torch.empty(2, *value.shape, dtype=torch.float64).exponential_(generator=_generator(seed))
@@ -192,9 +176,9 @@ def gaussian_sigma(*, sensitivity: float = 1.0, eps: float, delta: float, method
     Source: Dwork & Roth 2014, theorem A.1; Balle & Wang 2018, theorem 8.
     Example: `gaussian_sigma(eps=1, delta=1e-5)`.
     """
-    positive(eps, "eps")
-    probability(delta, "delta")
-    positive(sensitivity, "sensitivity")
+    checks.positive(eps, "eps")
+    checks.probability(delta, "delta")
+    checks.positive(sensitivity, "sensitivity")
     if checks.choice(method, "method", ("analytic", "classical")) == "classical":
         if eps > 1:
             raise ValueError(f"eps: got {eps}, want at most 1 with method='classical' (its proof ends there); "
@@ -218,7 +202,7 @@ def gaussian_delta(sigma: float, eps: float, *, sensitivity: float = 1.0) -> flo
     Source: Balle & Wang 2018, theorem 8.
     Example: `gaussian_delta(1.0, 4.377)`.
     """
-    s = positive(sensitivity, "sensitivity") / positive(sigma, "sigma")
+    s = checks.positive(sensitivity, "sensitivity") / checks.positive(sigma, "sigma")
     checks.nonnegative(eps, "eps")
     return float(ndtr(s / 2 - eps / s) - np.exp(eps + log_ndtr(-s / 2 - eps / s)))
 
@@ -228,7 +212,7 @@ def gaussian_eps(sigma: float, delta: float, *, sensitivity: float = 1.0) -> flo
 
     Example: `gaussian_eps(1.0, 1e-5)`.
     """
-    probability(delta, "delta")
+    checks.probability(delta, "delta")
     if gaussian_delta(sigma, 0.0, sensitivity=sensitivity) <= delta:
         return 0.0
     high = 1.0
@@ -243,7 +227,7 @@ def _generator(seed: int | None) -> torch.Generator | None:
 
 def _on_grid(value, sensitivity: float) -> tuple[Tensor, float, Tensor]:
     """The value in float64 on the CPU, rounded to the grid; the grid's step; and the value as the caller has it."""
-    step = 2.0 ** (math.floor(math.log2(positive(sensitivity, "sensitivity"))) + _GRID)
+    step = 2.0 ** (math.floor(math.log2(checks.positive(sensitivity, "sensitivity"))) + _GRID)
     original = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
     exact = original.detach().to("cpu", torch.float64)
     if exact.numel() == 0 or not torch.isfinite(exact).all():
@@ -299,8 +283,8 @@ def report_noisy_max(scores: Tensor, *, sensitivity: float, eps: float, seed: in
 
 
 def _scores(scores: Tensor, sensitivity: float, eps: float) -> Tensor:
-    positive(sensitivity, "sensitivity")
-    positive(eps, "eps")
+    checks.positive(sensitivity, "sensitivity")
+    checks.positive(eps, "eps")
     if not isinstance(scores, Tensor) or scores.dim() not in (1, 2) or scores.numel() == 0:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"scores: got {got}, want a tensor (K,) or (N, K)")
@@ -328,8 +312,8 @@ def histogram(
     Example: `histogram(y, 10, eps=1.0, seed=0)`.
     """
     checks.positive_int(classes, "classes")
-    positive(eps, "eps")
-    probability(confidence, "confidence")
+    checks.positive(eps, "eps")
+    checks.probability(confidence, "confidence")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.dim() != 1:
         raise TypeError("labels: want a torch.Tensor of int64 labels (N,)")
     if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
@@ -351,8 +335,8 @@ def mean(values: Tensor, *, low: float, high: float, eps: float, confidence=0.95
     Source: Dwork et al. 2006.
     Example: `mean(torch.rand(50), low=0.0, high=1.0, eps=1.0, seed=0)`.
     """
-    positive(eps, "eps")
-    probability(confidence, "confidence")
+    checks.positive(eps, "eps")
+    checks.probability(confidence, "confidence")
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"low, high: got {low} and {high}, want finite numbers with low < high")
     if not isinstance(values, Tensor) or values.dim() != 1 or len(values) == 0 or not torch.isfinite(values).all():

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .. import checks
 from .accounting import Accountant
-from .mechanisms import positive, probability
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ def vote(ballots: Tensor, classes: int, *, sigma: float, delta: float, seed: int
     Example: `vote(torch.tensor([[0, 1], [0, 1], [1, 1]]), 2, sigma=1.0, delta=1e-5, seed=0).labels`.
     """
     checks.positive_int(classes, "classes", least=2)
-    positive(sigma, "sigma")
-    probability(delta, "delta")
+    checks.positive(sigma, "sigma")
+    checks.probability(delta, "delta")
     if not isinstance(ballots, Tensor) or ballots.dtype != torch.int64 or ballots.dim() != 2 or ballots.numel() == 0:
         raise TypeError("ballots: want a non-empty torch.Tensor of int64 votes (teachers, images)")
     if ballots.min() < 0 or ballots.max() >= classes:
