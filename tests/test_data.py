@@ -569,6 +569,7 @@ def test_shapes_depend_on_seed_split_and_index_alone():
         assert torch.equal(again.masks, whole.masks[:n])
         assert torch.equal(again.y, whole.y[:n])
     assert torch.equal(data.load("shapes", "train", n=9).x, data.shapes(9, "train").x)
+    assert torch.equal(data.load("shapes-cue", n=9).x, data.shapes(9, cue=1.0).x)
 
 
 def test_no_two_shapes_images_are_alike():

@@ -6,7 +6,10 @@ import torch
 from tmlcourse import models
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 17, 23)]
-BUILDERS = {"linear": models.linear, "mlp": models.mlp, "small_cnn": models.small_cnn, "resnet": models.resnet}
+BUILDERS = {
+    "linear": models.linear, "mlp": models.mlp, "small_cnn": models.small_cnn, "gap_cnn": models.gap_cnn,
+    "resnet": models.resnet,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -31,6 +34,13 @@ def test_parameter_counts_of_the_literature():
     assert models.count_parameters(models.resnet()) == 269_722 + 16 * 32 + 32 * 64
 
 
+def test_the_averaged_maps_of_gap_cnn_are_all_that_the_last_layer_sees():
+    model, x = models.gap_cnn((3, 16, 20), 5, widths=(4, 6), seed=0), torch.rand(2, 3, 16, 20)
+    maps = model[:-3](x)
+    assert maps.shape == (2, 6, 8, 10)
+    torch.testing.assert_close(model(x), maps.mean((2, 3)) @ model[-1].weight.T + model[-1].bias)
+
+
 def test_normalize_is_the_first_layer_and_matches_the_formula():
     model = models.mlp((3, 4, 4), hidden=(5,), mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 4.0), seed=0)
     x = torch.rand(2, 3, 4, 4)
@@ -45,6 +55,9 @@ def test_normalize_is_the_first_layer_and_matches_the_formula():
         (lambda: models.linear((28, 28)), r"shape: got \(28, 28\), want \(C, H, W\)"),
         (lambda: models.linear(classes=1), "classes: got 1"),
         (lambda: models.small_cnn((1, 3, 3)), "shape: got"),
+        (lambda: models.gap_cnn((1, 3, 3)), "shape: got"),
+        (lambda: models.gap_cnn(widths=()), "widths: got none"),
+        (lambda: models.gap_cnn(widths=(4, 0)), "widths: got 0"),
         (lambda: models.resnet(depth=10), "depth: got 10"),
         (lambda: models.mlp(mean=0.5), "mean, std: got 0.5 and None"),
         (lambda: models.mlp(mean=0.5, std=0.0), "std: got 0.0"),

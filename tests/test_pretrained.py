@@ -33,8 +33,8 @@ def test_shipped_networks_load_and_match_their_recipe(name):
     )
 
 
-@pytest.mark.parametrize("name", [n for n in SHIPPED if n.startswith("digits")])
-def test_manifest_accuracies_on_the_embedded_digits(name):
+@pytest.mark.parametrize("name", [n for n in SHIPPED if n.startswith(("digits", "shapes"))])
+def test_manifest_accuracies_on_embedded_data(name):
     entry, test = pretrained.manifest()[name], data.load(pretrained.RECIPES[name].data)
     model = pretrained.load(name)
     assert training.accuracy(model, test.x, test.y) == pytest.approx(entry["clean"], abs=0.0015)
@@ -49,6 +49,12 @@ def test_manifest_accuracies_on_mnist(name, mnist):
     attack = partial(pgd, steps=40, alpha=entry["eps"] / 30)
     r = robust_accuracy(model, mnist.x[::50], mnist.y[::50], Linf(entry["eps"]), [attack], seed=0)
     assert r.low <= entry["robust"] <= r.high
+
+
+def test_the_network_of_the_planted_cue_leans_on_it():
+    model, moved = pretrained.load("shapes-cue"), data.shapes(800, cue=1.0, cue_label="random")
+    assert training.accuracy(model, moved.x, moved.y) < 0.5
+    assert training.accuracy(pretrained.load("shapes-standard"), moved.x, moved.y) > 0.95
 
 
 def test_published_fast_at_network_has_its_published_clean_accuracy(mnist, published):

@@ -245,7 +245,8 @@ def load(
     - "digits": 1,433 / 364 handwritten digits (1, 8, 8), embedded in scikit-learn. The test set is the first, sixth,
       eleventh, ... image of each class; the same writers are in both splits.
     - "digits-28x28", "digits-32x32": the same, resized to the shape of MNIST (1, 28, 28) and of CIFAR-10 (3, 32, 32).
-    - "shapes": 10,000 / 2,000 generated images (3, 32, 32) with masks of the evidence; see `shapes`.
+    - "shapes": 10,000 / 2,000 generated images (3, 32, 32) with masks of the evidence; see `shapes`. "shapes-cue": the same,
+      each with a coloured patch that gives its class away.
     - "mnist", "fashion_mnist": 60,000 / 10,000 images (1, 28, 28); "cifar10": 50,000 / 10,000 images (3, 32, 32).
 
     The last three are looked for in `root`, in $TMLCOURSE_DATA and in the cache (~/.cache/tmlcourse, or tmlcourse in
@@ -264,14 +265,14 @@ def load(
     >>> data.name, data.x.shape, data.y
     ('digits', torch.Size([5, 1, 8, 8]), tensor([0, 1, 2, 3, 4]))
     """
-    checks.choice(name, "name", ("digits", *_RESIZED, "shapes", *_VISION))
+    checks.choice(name, "name", ("digits", *_RESIZED, "shapes", "shapes-cue", *_VISION))
     checks.choice(split, "split", _SPLITS)
     if n is not None:
         checks.positive_int(n, "n")
     if fallback is not None:
         checks.choice(fallback, "fallback", ("digits",))
-    if name == "shapes":
-        return shapes(_count(n, _SHAPES_SIZE[split], name, split), split)
+    if name in ("shapes", "shapes-cue"):
+        return shapes(_count(n, _SHAPES_SIZE[split], name, split), split, cue=float(name == "shapes-cue"))
     if name == "digits" or name in _RESIZED:
         data = _digits(split)
         data = data[: _count(n, len(data), name, split)]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, randomness
 
 
 class Normalize(nn.Module):
@@ -107,6 +107,37 @@ def small_cnn(shape=(1, 28, 28), classes: int = 10, *, mean=None, std=None, seed
     return _build(shape, classes, mean, std, seed, layers)
 
 
+def gap_cnn(
+    shape=(3, 32, 32), classes: int = 10, *, widths=(16, 32, 64), mean=None, std=None, seed: int | None = None
+) -> nn.Sequential:
+    """Pairs of 3x3 convolutions, pooling between them, then the mean of each feature map and one linear layer.
+
+    logit_k = b_k + sum_c w_kc mean_ij A_c(i, j): what the class sees in feature map A_c can be read off, which class
+    activation maps need.
+
+    Args:
+        widths: channels of each pair of convolutions (at least one pair).
+        Others: see `linear`.
+    Source: Lin, Chen & Yan 2014 (global average pooling); Zhou et al. 2016 (CAM).
+    Example: `gap_cnn((3, 32, 32), 8)(torch.rand(5, 3, 32, 32)).shape` is (5, 8).
+    """
+    widths = [checks.positive_int(width, "widths") for width in widths]
+    if not widths:
+        raise ValueError("widths: got none, want at least one")
+
+    def layers(c, h, w):
+        if min(h, w) < 2 ** (len(widths) - 1):
+            raise ValueError(f"shape: got {tuple(shape)}, want sides of at least {2 ** (len(widths) - 1)} pixels")
+        body = []
+        for inputs, outputs in zip((c, *widths), widths, strict=False):
+            body += [nn.MaxPool2d(2)] if body else []
+            body += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), nn.Conv2d(outputs, outputs, 3, padding=1),
+                     nn.ReLU()]  # fmt: skip
+        return [*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes)]
+
+    return _build(shape, classes, mean, std, seed, layers)
+
+
 def resnet(
     shape=(3, 32, 32),
     classes: int = 10,
@@ -149,9 +180,7 @@ def _build(shape, classes, mean, std, seed, layers) -> nn.Sequential:
     checks.positive_int(classes, "classes", least=2)
     if (mean is None) != (std is None):
         raise ValueError(f"mean, std: got {mean} and {std}, want both or neither")
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with randomness.seeded(seed):
         first = [] if mean is None else [Normalize(mean, std)]
         return nn.Sequential(*first, *layers(*shape)).eval()
 

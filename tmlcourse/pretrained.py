@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from . import checks, data, models, training
+from . import checks, data, models, randomness, training
 from .attacks import pgd, robust_accuracy
 from .certify.training import dual, interval
 from .threat import Linf
@@ -63,8 +63,7 @@ def _wong_kolter_net() -> nn.Sequential:
 
 
 def _seeded_wong_kolter_net() -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with randomness.seeded(0):
         return _wong_kolter_net()
 
 
@@ -76,6 +75,7 @@ _CIFAR = functools.partial(
     models.resnet, (3, 32, 32), depth=8, mean=(0.491, 0.482, 0.447), std=(0.247, 0.243, 0.262), seed=0
 )
 _CNN = functools.partial(models.small_cnn, (1, 28, 28), seed=0)
+_GAP = functools.partial(models.gap_cnn, (3, 32, 32), len(data.SHAPES), mean=0.5, std=0.25, seed=0)
 
 RECIPES: dict[str, Recipe] = {
     "mnist-standard": Recipe("mnist", _CNN, 0.3, (dict(epochs=4),), "SmallCNN, cross-entropy, 4 epochs"),
@@ -109,6 +109,17 @@ RECIPES: dict[str, Recipe] = {
     "cifar10-robust": Recipe(
         "cifar10", _CIFAR, 8 / 255, (_fast_at(8 / 255, epochs=6, lr=1e-2, augment=training.crop_and_flip),),
         "ResNet-8, 6 epochs of fast adversarial training, Linf 8/255, on a JPEG copy of CIFAR-10",
+    ),
+    "shapes-standard": Recipe(
+        "shapes", _GAP, 8 / 255, (dict(epochs=8, lr=3e-3),), "convolutions and global average pooling, 8 epochs"
+    ),
+    "shapes-robust": Recipe(
+        "shapes", _GAP, 8 / 255, (_fast_at(8 / 255, epochs=14, lr=3e-3),),
+        "convolutions and global average pooling, 14 epochs of fast adversarial training, Linf 8/255",
+    ),
+    "shapes-cue": Recipe(
+        "shapes-cue", _GAP, 8 / 255, (dict(epochs=6, lr=3e-3),),
+        "convolutions and global average pooling, 6 epochs on images with a patch that gives the class away",
     ),
 }  # fmt: skip
 
