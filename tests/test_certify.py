@@ -38,7 +38,6 @@ from tmlcourse.threat import Linf
 
 verify_module = importlib.import_module("tmlcourse.certify.verify")  # its name in the package is the function's
 distortion_module = importlib.import_module("tmlcourse.certify.distortion")
-summary_module = importlib.import_module("tmlcourse.certify.summary")
 
 CHEAP = ("ibp", "crown-ibp", "crown", "dual", "alpha-crown")
 
@@ -801,8 +800,8 @@ def test_the_summary_is_what_its_parts_say(digits):
 def test_shipped_tables_are_whole():
     with pytest.raises(ValueError, match="name: got 'none'"):
         shipped_table("none")
-    for path in summary_module.TABLES.glob("*.csv.gz"):
-        table = shipped_table(path.name.removesuffix(".csv.gz"))
+    for name in ("digits-28x28-certified", "wong-kolter-mnist-0.1"):
+        table = shipped_table(name)
         assert table.image.tolist() == list(range(len(table)))
         vulnerable = table.status == "vulnerable"
         assert not (table.clean_error.eq(1) & ~vulnerable).any() and not (table.pgd_error.eq(1) & ~vulnerable).any()

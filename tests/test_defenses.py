@@ -26,11 +26,11 @@ from tmlcourse.defenses import (
     expected_accuracy,
     prune_activations,
     roc,
-    seeded,
     squeezing_detector,
 )
 from tmlcourse.defenses.preprocessing import _middle
 from tmlcourse.defenses.randomised import _drawn
+from tmlcourse.randomness import seeded
 from tmlcourse.threat import Linf
 
 needs_art = pytest.mark.skipif(not importlib.util.find_spec("art"), reason="needs adversarial-robustness-toolbox")
@@ -156,7 +156,7 @@ def test_resize_and_pad_is_torchs_resize_at_a_random_place(shape, size):
     height, width = size or shape[2:]
     places = set()
     for seed in range(20):
-        with seeded(seed, x):
+        with seeded(seed):
             out = layer(x)
         assert out.shape == (*shape[:2], height, width)
         for image, result in zip(x, out, strict=True):
@@ -175,7 +175,7 @@ def test_every_size_and_corner_is_as_likely_as_the_others():
     from scipy.stats import chisquare
 
     x = torch.ones(6000, 1, 6, 6)
-    with seeded(0, x):
+    with seeded(0):
         out = RandomResizePad(5)(x)[:, 0]
     tall = out.any(2).sum(1)
     assert chisquare(torch.bincount(tall)[5:].numpy()).pvalue > 1e-3
@@ -187,7 +187,7 @@ def test_pruned_activations_have_the_right_mean():
     """E[SAP(a)] = a: the mean of 20,000 draws lies within five standard errors, for each activation."""
     a = torch.tensor([[3.0, -1.0, 0.5, 0.1, 0.0, 2.0]], dtype=torch.float64)
     layer, n = ActivationPruning(0.5), 20000
-    with seeded(0, a):
+    with seeded(0):
         out = layer(a.expand(n, -1))
     p = a.abs() / a.abs().sum()
     chance = 1 - (1 - p) ** 3  # half of six: three draws
@@ -202,7 +202,7 @@ def test_the_draws_are_multinomial_not_independent():
     """Three draws keep at most three activations, and two equal activations are both kept as often as draws say."""
     n, layer = 20000, ActivationPruning(0.75)
     a = torch.ones(n, 4, dtype=torch.float64)
-    with seeded(0, a):
+    with seeded(0):
         kept = layer(a) != 0
     assert kept.sum(1).max() == 3 and kept.sum(1).min() == 1
     both = (kept[:, 0] & kept[:, 1]).double().mean().item()
@@ -224,10 +224,10 @@ def test_pruning_never_draws_what_is_not_active(zeros, draws, seed):
     """The end of the last share is 1 up to rounding: no draw may fall behind it, onto an activation of 0."""
     a = images((300, 100), seed)
     a[:, 100 - zeros :] = 0
-    with seeded(seed, a):
+    with seeded(seed):
         out = ActivationPruning(draws)(a)
     assert torch.isfinite(out).all() and (out[a == 0] == 0).all() and (out != 0).any(1).all()
-    with seeded(seed, a):  # shares whose sum came out at 0.9
+    with seeded(seed):  # shares whose sum came out at 0.9
         drawn = _drawn(0.9 * a / a.sum(1, keepdim=True), 20)
     assert drawn.any(1).all() and not drawn[a == 0].any()
 
@@ -270,7 +270,7 @@ def test_randomness_is_reproducible_and_leaves_torchs_generator_alone():
     before = torch.get_rng_state()
     first, again = (expected_accuracy(model, test.x, test.y, draws=4, seed=1) for _ in range(2))
     assert first == again and torch.equal(before, torch.get_rng_state())
-    with pytest.raises(RuntimeError, match="stop"), seeded(3, test.x):
+    with pytest.raises(RuntimeError, match="stop"), seeded(3):
         torch.rand(2)
         raise RuntimeError("stop")
     assert torch.equal(before, torch.get_rng_state())

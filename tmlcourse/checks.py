@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 
 import torch
@@ -92,11 +93,11 @@ def model(model, x: Tensor) -> None:
 
 def positive_int(value, name: str, *, least: int = 1) -> int:
     """Require an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: got {value!r}, want an integer >= {least}")
     if value < least:
         raise ValueError(f"{name}: got {value}, want an integer >= {least}")
-    return value
+    return int(value)
 
 
 def nonnegative(value, name: str) -> float:

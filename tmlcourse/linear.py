@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, randomness
 from .models import Normalize
 from .threat import L0, L1, L2, Linf
 
@@ -88,9 +88,7 @@ def binary(
         raise ValueError(f"mean, std: got {mean} and {std}, want both or neither")
     if spread is not None:
         checks.nonnegative(spread, "spread")
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with randomness.seeded(seed):
         first, layer = [] if mean is None else [Normalize(mean, std)], nn.Linear(math.prod(shape), 1)
         if spread is not None:
             nn.init.uniform_(layer.weight, -spread, spread)

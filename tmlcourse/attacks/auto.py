@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..threat import L0, L1
 from .layout import fast_layout, images_at_once
 from .losses import fools, objective
@@ -166,7 +166,7 @@ class _Run:
         self.x, self.y, self.goal = x.detach(), y, goal
         self.threat, self.steps, self.stop_early = threat, steps, stop_early
         self.batch_size = images_at_once(x, batch_size)
-        self.generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+        self.generator = randomness.generator(seed, x.device)
         self.model = fast_layout(model, self.x)
         with torch.no_grad():
             parts = zip(self.x.split(self.batch_size), y.split(self.batch_size), strict=True)

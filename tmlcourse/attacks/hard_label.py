@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from .queries import open_door
 
 
@@ -194,7 +194,7 @@ def _descend(estimate, predict, x, y, queries, beta, starts, tries, target, box,
     if starts is not None and checks.images(starts, "starts").shape[1:] != x.shape[1:]:
         raise ValueError(f"starts: got shape {tuple(starts.shape)}, want (M, {', '.join(map(str, x.shape[1:]))})")
     oracle = open_door(predict, x, queries, answers="labels")
-    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+    generator = randomness.generator(seed, x.device)
     x = x.detach()
     starts = None if starts is None else starts.to(x)
     rays = _Rays(oracle, x, y, target, box)

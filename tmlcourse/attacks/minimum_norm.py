@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..threat import L0, L1, L2, Linf
 from .layout import fast_layout, images_at_once
 from .losses import margin
@@ -140,7 +140,7 @@ def fab(
     checks.positive_int(candidates, "candidates")
     checks.positive_int(refine, "refine", least=0)
     forward, best, todo, size = _prepare(model, x, y, target, norm, batch_size)
-    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+    generator = randomness.generator(seed, x.device)
     with progress.bar(total=restarts * steps * len(todo), desc="FAB", unit="step") as bar:
         for restart in range(restarts):
             start = best.clean if restart == 0 else _random_start(best, norm, 1.0, generator)
@@ -185,7 +185,7 @@ def fab_bounded(
     checks.positive_int(targets, "targets")
     _check_fab(steps, restarts, alpha_max, eta, beta)
     forward, best, todo, size = _prepare(model, x, y, None, norm, batch_size)
-    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+    generator = randomness.generator(seed, x.device)
     ranked = best.logits.scatter(1, y[:, None], -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :-1]
     goals = ranked[:, :targets]
     enough = threat.eps if stop_early else 0.0
@@ -556,7 +556,7 @@ def one_pixel(
     if checks.images(x).dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, want (N, C, H, W)")
     forward, best, todo, size = _prepare(model, x, y, target, "l0", batch_size)
-    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+    generator = randomness.generator(seed, x.device)
     per_round = max(1, 10 * size // population)  # images searched at once
     with progress.bar(total=(1 + steps) * len(todo), desc="one pixel", unit="round") as bar, torch.no_grad():
         for index in todo.split(per_round):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from .layout import fast_layout
 from .losses import objective
 from .spatial import affine, place
@@ -63,9 +63,7 @@ class Views:
 
 
 def _generator(seed, generator, like):
-    if seed is None:
-        return generator
-    return torch.Generator("cpu" if like is None else like.device).manual_seed(seed)
+    return generator if seed is None else randomness.generator(seed, "cpu" if like is None else like.device)
 
 
 @dataclass(frozen=True)
@@ -335,8 +333,7 @@ def _expected_ascent(forward, x, y, goal, loss, start, show, penalty, project, s
     if checks.nonnegative(alpha, "alpha") == 0:
         raise ValueError("alpha: got 0, want a step size > 0")
     attacker = objective(loss or ("margin" if goal is None else "cross_entropy"), goal)
-    generator = torch.Generator(x.device)
-    generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+    generator = randomness.own_generator(seed, x.device)
     fixed = int(torch.randint(2**62, (), generator=generator, device=x.device))
     few = torch.randperm(len(x), generator=generator, device=x.device).repeat(2 * batch_size)[: 2 * batch_size]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from .queries import BudgetExceeded, Queries
-from .zeroth_order import Mean, Problem, _generator, adam, random_directions
+from .zeroth_order import Mean, Problem, adam, random_directions
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def reprogram(
     gamma, classes = checks.nonnegative(gamma, "gamma"), int(y.max()) + 1
     oracle = predict if isinstance(predict, Queries) else Queries(predict)
     estimator = random_directions(q, beta=beta, antithetic=False)
-    generator = _generator(rows.device, seed)
+    generator = randomness.own_generator(seed, rows.device)
     rows = rows.detach().flatten(1)
     mask = frame(shape, rows.shape[1]).to(rows)
     v = rows.new_zeros(1, int(mask.sum()))  # the entries of W on the frame: nothing else is asked about

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from .gradient import _Best
 from .layout import fast_layout
 from .losses import objective
@@ -105,7 +105,7 @@ def spatial(
         poses = _regular(rotation, shift, grid).to(x)[:, None].expand(-1, len(x), 4)
     else:
         checks.positive_int(tries, "tries")
-        generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+        generator = randomness.generator(seed, x.device)
         draw = 2 * torch.rand(tries, len(x), 4, generator=generator, dtype=x.dtype, device=x.device) - 1
         poses = draw * torch.tensor([rotation, 0, shift, shift]).to(x) + torch.tensor([0.0, 1, 0, 0]).to(x)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..threat import L2, Linf
 from .gradient import _Best
 from .losses import objective
@@ -80,7 +80,7 @@ def square(
         raise ValueError(f"target: got the true label for {int((target == y).sum())} images, want other classes")
     attacker = objective(loss, target)
     begin, propose = (_stripes, _paint) if isinstance(threat, Linf) else (_grid, _pour)
-    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+    generator = randomness.generator(seed, x.device)
     x = x.detach()
     oracle = open_door(predict, x, queries)
     left = oracle.left(len(x)).to(x.device)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..training import fit
 from .queries import Queries
 
@@ -104,7 +104,7 @@ def substitute(
         checks.positive_int(value, name)
     left = checks.positive_int(10**12 if queries is None else queries, "queries", least=0)
     oracle = Queries(predict, answers="labels")
-    generator = None if seed is None else torch.Generator(x_seed.device).manual_seed(seed)
+    generator = randomness.generator(seed, x_seed.device)
     model = copy.deepcopy(model).eval()
     with torch.no_grad():
         classes = model(x_seed[:1]).shape[1]

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..threat import L1, L2, Linf
 from .layout import fast_layout
 from .losses import margin, objective
@@ -84,8 +84,7 @@ def universal(
         attacker = lambda z, y, t: (margin(z, y) if t is None else -margin(z, t)).clamp_max(5)  # noqa: E731
     else:
         attacker = objective(loss, goal)
-    generator = torch.Generator(x.device)
-    generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+    generator = randomness.own_generator(seed, x.device)
 
     forward, ball, box = fast_layout(model, x), replace(threat, box=None), threat.box or (-torch.inf, torch.inf)
     zero = torch.zeros_like(x[:1])
@@ -173,7 +172,7 @@ def data_free(
     like = next(model.parameters())
     blank = torch.as_tensor(around, dtype=like.dtype, device=like.device).expand(restarts, *shape)
     checks.model(model, x=blank)
-    generator = None if seed is None else torch.Generator(like.device).manual_seed(seed)
+    generator = randomness.generator(seed, like.device)
     ball, zero = replace(threat, box=None), torch.zeros_like(blank)
     v = ball.random(zero, generator)
     seen, hooks = [], []

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..threat import L1, L2, Linf, _per_image
 from .gradient import _Best
 from .losses import margin, objective
@@ -425,18 +425,13 @@ def minimise(
     Example: `w, trace = minimise(f, w, estimator=coordinates(), optimiser=sgd(0.1), steps=100)`.
     """
     checks.positive_int(steps, "steps")
-    problem = Problem(f, estimator, _generator(w.device, seed), project=project)
+    problem = Problem(f, estimator, randomness.own_generator(seed, w.device), project=project)
     memory, every, w = {}, torch.arange(len(w), device=w.device), w.detach()
     trace = [f(w, every)]
     for _ in progress.bar(range(steps), desc="minimise", unit="step"):
         w = optimiser(problem, w, memory)
         trace.append(f(w, every))
     return w, torch.stack(trace)
-
-
-def _generator(device, seed: int | None) -> torch.Generator:
-    """A generator of our own; without a seed, seeded from torch's."""
-    return torch.Generator(device).manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
 
 
 # --- the two problems of an attacker ---------------------------------------------------------------------------------
@@ -446,7 +441,7 @@ def _checked(predict, x, y, queries, target, seed):
     checks.labels(y, checks.images(x))
     if target is not None and (checks.labels(target, x, "target") == y).any():
         raise ValueError(f"target: got the true label for {int((target == y).sum())} images, want other classes")
-    return x.detach(), open_door(predict, x, queries), _generator(x.device, seed)
+    return x.detach(), open_door(predict, x, queries), randomness.own_generator(seed, x.device)
 
 
 def _run(problem: Problem, w: Tensor, optimiser, look, door: Queries, count: int, *, steps: int | None = None) -> None:
@@ -573,9 +568,8 @@ def train_decoder(x: Tensor, *, channels: int = 16, steps: int = 300, seed: int 
     if checks.images(x).dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, want images (N, C, H, W) with even H and W")
     c, h, w = x.shape[1:]
-    generator = _generator("cpu", seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    generator = randomness.own_generator(seed)
+    with randomness.seeded(int(torch.randint(2**62, (), generator=generator))):
         encode = nn.Sequential(nn.Conv2d(c, channels, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2),
                                nn.Conv2d(channels, c, 3, padding=1)).to(x)  # fmt: skip
         decode = nn.Sequential(nn.Conv2d(c, channels, 3, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2, mode="nearest"),

@@ -17,7 +17,7 @@ import torch
 from scipy.stats import binom, norm
 from torch import Tensor
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..intervals import clopper_pearson
 
 
@@ -138,7 +138,7 @@ def _drawer(model, x, sigma, n, alpha, batch_size, seed):
     checks.positive_int(batch_size, "batch_size")
     if not 0 < checks.nonnegative(alpha, "alpha") < 1:
         raise ValueError(f"alpha: got {alpha}, want a number in (0, 1)")
-    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+    generator = randomness.generator(seed, x.device)
 
     @torch.no_grad()
     def draw(count: int, bar) -> Tensor:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
-from .. import checks
+from .. import checks, tables
 from ..attacks import pgd, robust_accuracy
 from ..threat import Linf
 from .bounds import METHODS, least_margin, margins
 from .verify import Verdict, verify
 
-TABLES = Path(__file__).with_name("tables")
 COLUMNS = (
     "image",
     "label",
@@ -112,8 +110,4 @@ def shipped_table(name: str) -> pd.DataFrame:
         ValueError: no such table; the message lists those that there are.
     Example: `shipped_table("digits-28x28-certified").status.value_counts()`.
     """
-    path = TABLES / f"{name}.csv.gz"
-    if not path.is_file():
-        have = sorted(p.name.removesuffix(".csv.gz") for p in TABLES.glob("*.csv.gz"))
-        raise ValueError(f"name: got {name!r}, want one of {', '.join(have) or '(none is shipped)'}")
-    return pd.read_csv(path)
+    return tables.shipped(__file__, name)

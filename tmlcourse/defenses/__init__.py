@@ -14,7 +14,6 @@ from .randomised import (
     deep_cloak,
     expected_accuracy,
     prune_activations,
-    seeded,
 )
 from .symptoms import obfuscation_checks
 
@@ -36,6 +35,5 @@ __all__ = [
     "obfuscation_checks",
     "prune_activations",
     "roc",
-    "seeded",
     "squeezing_detector",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..attacks import pgd
 from ..attacks.gradient import _Best
 from ..attacks.layout import images_at_once
@@ -19,7 +19,6 @@ from ..attacks.losses import fools, objective
 from ..threat import Linf
 from .detection import Detector
 from .preprocessing import Thermometer
-from .randomised import seeded
 
 
 def bpda(g: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
@@ -111,7 +110,7 @@ class _Mean(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        with seeded(self.seed, x):
+        with randomness.seeded(self.seed, x.device):
             return torch.stack([self.model(x) for _ in range(self.samples)]).mean(0)
 
 
@@ -170,7 +169,7 @@ def logit_space_ascent(
         raise ValueError(f"anneal: got {anneal}, want a factor >= 1")
     x = x.detach()
     best = _Best(x, y, None, objective(loss, None))
-    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+    generator = randomness.generator(seed, x.device)
     values, reachable = _buckets(encoder, x, threat)
 
     def judge(index: Tensor, images: Tensor) -> None:

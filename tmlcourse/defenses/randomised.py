@@ -6,12 +6,11 @@ functions of this package that take `seed=` set it inside and put it back.
 
 from __future__ import annotations
 
-import contextlib
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 
 
 class RandomResizePad(nn.Module):
@@ -194,21 +193,9 @@ def expected_accuracy(model, x: Tensor, y: Tensor, *, draws: int = 10, seed: int
     checks.labels(y, x)
     checks.positive_int(draws, "draws")
     size, right = 100 if x.device.type == "cpu" else 1000, 0
-    with seeded(seed, x), progress.bar(total=draws * len(x), desc="draws", unit="image") as bar:
+    with randomness.seeded(seed, x.device), progress.bar(total=draws * len(x), desc="draws", unit="image") as bar:
         for _ in range(draws):
             for a, b in zip(x.split(size), y.split(size), strict=True):
                 right += int((checks.logits(model(a), b).argmax(1) == b).sum())
                 bar.update(len(a))
     return right / (draws * len(x))
-
-
-@contextlib.contextmanager
-def seeded(seed: int | None, like: Tensor):
-    """Inside this context torch's generators (of the CPU and of `like`'s device) start from `seed`; afterwards they are
-    as they were. With None nothing happens."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

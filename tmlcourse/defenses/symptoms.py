@@ -8,12 +8,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..attacks import fgsm, pgd
 from ..attacks.losses import cross_entropy, fools
 from ..attacks.square import square
 from ..threat import L0, L1, L2, Linf
-from .randomised import seeded
 
 
 def obfuscation_checks(
@@ -79,7 +78,7 @@ def obfuscation_checks(
         def attack(model, x, y, threat):
             return pgd(model, x, y, threat, steps=steps, random_start=False)
 
-    with seeded(seed, x), progress.bar(total=7, desc="symptoms", unit="symptom") as bar:
+    with randomness.seeded(seed, x.device), progress.bar(total=7, desc="symptoms", unit="symptom") as bar:
         with torch.no_grad():
             right = checks.logits(model(x), y).argmax(1) == y
         if not right.any():

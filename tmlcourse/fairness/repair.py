@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..linear import TwoLogits
 from .rates import _auc, binary, membership
 
@@ -150,9 +150,7 @@ def debias(
     mean, std = x.mean(0), x.std(0, correction=0)
     std = torch.where(std > 1e-6, std, torch.ones_like(std))
     z, target, who = (x - mean) / std, torch.from_numpy(y).to(x), torch.from_numpy(codes).to(x.device)
-    with torch.random.fork_rng([], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with randomness.seeded(seed):
         wide = hidden or 1
         layers = [nn.Linear(x.shape[1], wide), *([nn.ReLU(), nn.Linear(wide, 1)] if hidden else [])]
         predictor = nn.Sequential(*layers).to(x.device)

@@ -3,7 +3,7 @@
 from .backdoors import Planted, adversarial_embedding, attack_success, backdoor, trojan
 from .bounds import Bound, certified_bound
 from .clean_label import CleanLabel, feature_collision, gradient_matching, meta_poison
-from .cleanse import Cleansed, anomaly_index, neural_cleanse, unlearning
+from .cleanse import Cleansed, anomaly_index, neural_cleanse, shipped_table, unlearning
 from .federated import Attacker, federated_average, federated_backdoor, split_clients
 from .flips import flip_labels
 from .gradient import gradient_attack
@@ -65,6 +65,7 @@ __all__ = [
     "ridge",
     "sanitizer",
     "scores",
+    "shipped_table",
     "smooth_svm",
     "spectral_signatures",
     "split_clients",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, randomness
 from ..attacks.losses import fools
 from ..certify import margins
 from ..models import Normalize
@@ -87,7 +87,7 @@ def backdoor(
     eligible, wanted = eligible.nonzero().squeeze(1), max(1, round(fraction * len(y)))
     if len(eligible) < wanted:
         raise ValueError(f"fraction: got {fraction}, {wanted} of {len(y)} images, but there are {len(eligible)} {kind}")
-    generator = None if seed is None else torch.Generator().manual_seed(checks.positive_int(seed, "seed", least=0))
+    generator = randomness.generator(seed)
     chosen = eligible[torch.randperm(len(eligible), generator=generator)[:wanted].to(y.device)]
     x[chosen] = stamped[chosen]
     y[chosen] = aims(y[chosen], target, count)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..attacks.layout import fast_layout
 from ..threat import Linf
 
@@ -207,7 +207,9 @@ def meta_poison(
     clean = torch.ones(len(data.x), dtype=torch.bool, device=start.device)
     clean[where] = False
     clean = clean.nonzero().squeeze(1)
-    pick = torch.randint(len(clean), (len(models), unroll, min(batch_size, len(clean))), generator=_generator(seed))
+    pick = torch.randint(
+        len(clean), (len(models), unroll, min(batch_size, len(clean))), generator=randomness.generator(seed)
+    )
     batches = clean[pick.to(clean.device)]
 
     def objective(x: Tensor) -> Tensor:
@@ -261,7 +263,7 @@ def _descend(objective, start: Tensor, eps, steps, restarts, alpha, seed, desc: 
     checks.positive_int(steps, "steps")
     checks.positive_int(restarts, "restarts")
     alpha = ball.eps / 5 if alpha is None else checks.nonnegative(alpha, "alpha")
-    generator = _generator(seed)
+    generator = randomness.generator(seed)
     best, least = start, float("inf")
     with progress.bar(total=restarts * (steps + 1), desc=desc, unit="step") as bar:
         for restart in range(restarts):
@@ -311,12 +313,8 @@ def _chosen(models, data, target: Tensor, label: int, budget: float, seed) -> tu
     if len(own) < count:
         raise ValueError(f"budget: got {budget}, {count} images, but {len(own)} have the label {label}: "
                          "poison keeps its label, so it comes from that class")  # fmt: skip
-    where = own[torch.randperm(len(own), generator=_generator(seed))[:count].to(own.device)]
+    where = own[torch.randperm(len(own), generator=randomness.generator(seed))[:count].to(own.device)]
     return data.x[where].detach(), where, label
-
-
-def _generator(seed: int | None) -> torch.Generator | None:
-    return None if seed is None else torch.Generator().manual_seed(checks.positive_int(seed, "seed", least=0))
 
 
 def _put(data, where: Tensor, x: Tensor, loss: float) -> CleanLabel:

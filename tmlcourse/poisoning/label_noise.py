@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, randomness
 from .learners import Learner
 
 
@@ -51,7 +51,7 @@ def noisy_labels(y: Tensor, noise: float | Tensor, *, classes: int, seed: int | 
     """
     T = transition(noise, classes)
     _below(checks.labels(y, y), classes)
-    generator = None if seed is None else torch.Generator().manual_seed(checks.positive_int(seed, "seed", least=0))
+    generator = randomness.generator(seed)
     return torch.multinomial(T[y.cpu()], 1, generator=generator).squeeze(1).to(y.device)
 
 

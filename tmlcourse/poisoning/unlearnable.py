@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..threat import Linf
 
 _AT_ONCE = 512  # images in one backward pass; class-wise noise learns from one such batch a step
@@ -80,7 +80,7 @@ def unlearnable(
     alpha = ball.eps / 10 if alpha is None else checks.nonnegative(alpha, "alpha")
     if checks.nonnegative(lr, "lr") == 0 or checks.nonnegative(stop, "stop") > 1:
         raise ValueError(f"lr, stop: got {lr} and {stop}, want lr > 0 and stop in [0, 1]")
-    generator = None if seed is None else torch.Generator().manual_seed(checks.positive_int(seed, "seed", least=0))
+    generator = randomness.generator(seed)
     network = copy.deepcopy(model).requires_grad_(True).eval()
     with torch.no_grad():
         classes = checks.logits(network(x[:1]), y[:1]).shape[1]

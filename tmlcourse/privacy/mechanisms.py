@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 from torch import Tensor
 
-from .. import checks
+from .. import checks, randomness
 from ..intervals import clopper_pearson
 
 _GRID = -24  # the grid's step is the power of two next below the sensitivity, times 2^-24
@@ -73,7 +73,7 @@ def randomized_response(answers: Tensor, *, truth: float = 0.5, yes: float = 0.5
         raise ValueError("answers: got none, want at least one")
     checks.probability(truth, "truth", zero=True, one=True)
     checks.probability(yes, "yes")
-    first, second = torch.rand(2, *answers.shape, generator=_generator(seed), dtype=torch.float64)
+    first, second = torch.rand(2, *answers.shape, generator=randomness.generator(seed), dtype=torch.float64)
     return torch.where((first < truth).to(answers.device), answers, (second < yes).to(answers.device))
 
 
@@ -139,7 +139,7 @@ def laplace(value, *, sensitivity: float, eps: float, seed: int | None = None) -
     checks.positive(eps, "eps")
     value, step, shape = _on_grid(value, sensitivity)
     scale = (sensitivity + value.numel() * step) / eps
-    first, second = torch.empty(2, *value.shape, dtype=torch.float64).exponential_(generator=_generator(seed))
+    first, second = torch.empty(2, *value.shape, dtype=torch.float64).exponential_(generator=randomness.generator(seed))
     return _release(value, scale * (first - second), step, shape)
 
 
@@ -162,7 +162,7 @@ def gaussian(
     value, step, shape = _on_grid(value, sensitivity)
     wide = sensitivity + math.sqrt(value.numel()) * step
     sigma = gaussian_sigma(sensitivity=wide, eps=eps, delta=delta, method=method)
-    noise = torch.randn(value.shape, generator=_generator(seed), dtype=torch.float64)
+    noise = torch.randn(value.shape, generator=randomness.generator(seed), dtype=torch.float64)
     return _release(value, sigma * noise, step, shape)
 
 
@@ -221,10 +221,6 @@ def gaussian_eps(sigma: float, delta: float, *, sensitivity: float = 1.0) -> flo
     return brentq(lambda eps: gaussian_delta(sigma, eps, sensitivity=sensitivity) - delta, 0.0, high, xtol=1e-12)
 
 
-def _generator(seed: int | None) -> torch.Generator | None:
-    return None if seed is None else torch.Generator().manual_seed(seed)
-
-
 def _on_grid(value, sensitivity: float) -> tuple[Tensor, float, Tensor]:
     """The value in float64 on the CPU, rounded to the grid; the grid's step; and the value as the caller has it."""
     step = 2.0 ** (math.floor(math.log2(checks.positive(sensitivity, "sensitivity"))) + _GRID)
@@ -262,7 +258,7 @@ def exponential(scores: Tensor, *, sensitivity: float, eps: float, seed: int | N
     """
     scores = _scores(scores, sensitivity, eps)
     weights = torch.softmax(eps / (2 * sensitivity) * scores.detach().to("cpu", torch.float64), -1)
-    drawn = torch.multinomial(weights.reshape(-1, weights.shape[-1]), 1, generator=_generator(seed))
+    drawn = torch.multinomial(weights.reshape(-1, weights.shape[-1]), 1, generator=randomness.generator(seed))
     return drawn.reshape(weights.shape[:-1]).to(scores.device)
 
 
@@ -278,7 +274,7 @@ def report_noisy_max(scores: Tensor, *, sensitivity: float, eps: float, seed: in
     scores = _scores(scores, sensitivity, eps)
     value, step, original = _on_grid(scores.double(), sensitivity)
     scale = 2 * (sensitivity + step) / eps
-    first, second = torch.empty(2, *value.shape, dtype=torch.float64).exponential_(generator=_generator(seed))
+    first, second = torch.empty(2, *value.shape, dtype=torch.float64).exponential_(generator=randomness.generator(seed))
     return _release(value, scale * (first - second), step, original).argmax(-1).to(scores.device)
 
 

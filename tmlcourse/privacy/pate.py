@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, randomness
 from .accounting import Accountant
 
 
@@ -48,7 +48,7 @@ def vote(ballots: Tensor, classes: int, *, sigma: float, delta: float, seed: int
     if ballots.min() < 0 or ballots.max() >= classes:
         raise ValueError(f"ballots: got votes outside [0, {classes - 1}]")
     counts = tally(ballots, classes)
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = randomness.generator(seed)
     noise = sigma * torch.randn(counts.shape, generator=generator, dtype=torch.float64)
     labels = (counts + noise.to(counts.device)).argmax(1)
     return Votes(labels, Accountant().add(sigma=sigma / 2**0.5, steps=len(labels)).eps(delta), delta)

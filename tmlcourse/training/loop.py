@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from .losses import cross_entropy
 
 
@@ -114,11 +114,9 @@ def fit(
     deployed = model if averaged is None else averaged.module
     rows, best, devices = [], {}, [device] if device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices, enabled=seed is not None),
+        randomness.seeded(seed, device),
         progress.bar(total=epochs * per_epoch, unit="step") as bar,
     ):
-        if seed is not None:
-            torch.manual_seed(seed)
         if checkpoint is not None:
             settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, seed=seed, average=average, keep=keep,
                             images=[*data.x.shape], content=_checksum(data.x, data.y), optimizer=_describe(optimizer),

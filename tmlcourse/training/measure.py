@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from .. import checks
-
-TABLES = Path(__file__).with_name("tables")
+from .. import checks, tables
 
 
 def scorecard(model, x: Tensor, y: Tensor, threat, *, steps: int = 20, seed: int = 0) -> dict[str, float]:
@@ -102,8 +99,4 @@ def shipped_table(name: str = "mnist") -> pd.DataFrame:
         ValueError: no such table; the message lists those that there are.
     Example: `shipped_table("mnist").set_index("method").clean`.
     """
-    path = TABLES / f"{name}.csv"
-    if not path.is_file():
-        have = sorted(p.stem for p in TABLES.glob("*.csv"))
-        raise ValueError(f"name: got {name!r}, want one of {', '.join(have) or '(none is shipped)'}")
-    return pd.read_csv(path)
+    return tables.shipped(__file__, name)

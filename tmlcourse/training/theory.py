@@ -16,7 +16,7 @@ from scipy.optimize import linprog
 from scipy.special import ndtr, wofz
 from torch import Tensor
 
-from .. import checks
+from .. import checks, randomness
 from ..intervals import clopper_pearson
 
 
@@ -66,7 +66,7 @@ def gaussians(n: int, d: int, sigma: float, *, seed: int | None = None) -> tuple
     checks.positive_int(n, "n")
     checks.positive_int(d, "d")
     checks.nonnegative(sigma, "sigma")
-    generator = _generator(seed)
+    generator = randomness.generator(seed)
     y = torch.randint(0, 2, (n,), generator=generator)
     return (2 * y - 1)[:, None] + sigma * torch.randn(n, d, dtype=torch.float64, generator=generator), y
 
@@ -157,7 +157,7 @@ def simulate(
     Example: `learned_risk(2, 50, 2.0, 0.2) in simulate(2, 50, 2.0, 0.2, trials=200, seed=1)`.
     """
     checks.positive_int(trials, "trials")
-    generator, hits = _generator(seed), []
+    generator, hits = randomness.generator(seed), []
     for chunk in torch.arange(trials).split(max(1, 2_000_000 // (n * d))):
         seeds = torch.randint(0, 2**62, (2,), generator=generator).tolist()
         x, y = gaussians(len(chunk) * n, d, sigma, seed=seeds[0])
@@ -183,7 +183,7 @@ def strong_and_weak(n: int, d: int, p: float, eta: float, *, seed: int | None = 
     if not 0.5 <= checks.nonnegative(p, "p") <= 1:
         raise ValueError(f"p: got {p}, want a probability in [0.5, 1]")
     checks.nonnegative(eta, "eta")
-    generator = _generator(seed)
+    generator = randomness.generator(seed)
     y = torch.randint(0, 2, (n,), generator=generator)
     sign = (2 * y - 1).double()
     strong = torch.where(torch.rand(n, generator=generator) < p, sign, -sign)
@@ -227,7 +227,3 @@ def zero_sum(payoff) -> tuple[float, np.ndarray, np.ndarray]:
                         A_eq=[np.r_[np.ones(m), 0]], b_eq=[1], bounds=[(0, None)] * m + [(None, None)])  # fmt: skip
         strategies.append((found.x[-1], found.x[:-1]))
     return strategies[0][0], strategies[0][1], strategies[1][1]
-
-
-def _generator(seed: int | None) -> torch.Generator | None:
-    return None if seed is None else torch.Generator().manual_seed(seed)
