@@ -157,6 +157,11 @@ def stamp(arguments):
     return run(course_environment(), "tools/stamp.py", *arguments)
 
 
+def pdf(arguments):
+    """print the built book into one PDF, through Chromium or Chrome"""
+    return run(course_environment(), "tools/pdf.py", *arguments)
+
+
 def homework(arguments):
     """release, grade and publish the homework (see homework/README.md)"""
     # In the folder where the command was given, so that a download is found there.
@@ -175,6 +180,7 @@ COMMANDS = {
     "bench": bench,
     "clean-notebooks": clean_notebooks,
     "stamp": stamp,
+    "pdf": pdf,
     "homework": homework,
     "retrain": retrain,
 }

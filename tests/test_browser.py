@@ -1,17 +1,18 @@
 """The built book in headless Chromium, narrow and wide, light and dark. `course.py book` runs this."""
 
 import functools
+import html
 import http.server
 import re
-import shutil
 import threading
 from pathlib import Path
 
+import pdf
+import pypdf
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from conftest import skip_or_fail
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
@@ -39,14 +40,10 @@ def site():
 
 @pytest.fixture(scope="module")
 def browser():
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        skip_or_fail("needs Chromium or Chrome on the path")
-    with sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with pdf.chromium() as browser:
+        if browser is None:
+            skip_or_fail("needs Chromium or Chrome on the path")
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -163,3 +160,23 @@ def test_the_tests_see_what_they_look_for(visit, site):
     assert "a fault" in complaints(tab)
     assert tab.outside == ["https://example.org/"]
     assert "image-alt" in {rule["id"] for rule in Axe().run(tab).response["violations"]}
+
+
+def test_the_book_prints_whole(browser, tmp_path):
+    """Every line of code of a chapter is on paper, parts and chapters are bookmarks, links jump inside."""
+    pages = [("", "book/index"), ("Evasion", "book/03-gradient-attacks")]
+    sheets = pdf.make(browser, pages, tmp_path / "book.pdf")
+    printed = pypdf.PdfReader(tmp_path / "book.pdf")
+    assert len(printed.pages) == sheets > 10
+    top, part, chapters = printed.outline
+    assert (top.title, part.title, [c.title for c in chapters]) == (
+        "Trustworthy Machine Learning", "Evasion", ["Gradient attacks"])  # fmt: skip
+    source = (HTML / "book/03-gradient-attacks.html").read_text(encoding="utf-8")
+    blocks = [html.unescape(re.sub("<[^>]+>", "", block)) for block in re.findall("<pre>(.*?)</pre>", source, re.S)]
+    squeezed = re.sub(r"\s", "", "".join(sheet.extract_text() for sheet in printed.pages))
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    assert len(lines) > 100 and [line for line in lines if re.sub(r"\s", "", line) not in squeezed] == []
+    notes = [note.get_object() for sheet in printed.pages[:2] for note in sheet.get("/Annots") or ()]
+    jumps = [note["/Dest"][0] for note in notes if "/Dest" in note and isinstance(note["/Dest"], list)]
+    chapter = printed.get_destination_page_number(chapters[0])
+    assert any(jump.get_object() == printed.pages[chapter] for jump in jumps)
