@@ -19,7 +19,7 @@ from conftest import skip_or_fail
 from nbformat import v4
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTERS = sorted((ROOT / "book").glob("[0-9][0-9]-*.ipynb"))
+CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
 CELL_SECONDS = 300
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 
@@ -74,7 +74,9 @@ def code(notebook):
 
 def shape_problems(notebook):
     headings = "\n".join(line for text in markdown(notebook) for line in text.splitlines() if line.startswith("#"))
-    yield from (f"no heading with {name!r}" for name in ("Exercises", "Further reading") if name not in headings)
+    yield from (
+        f"no heading with {name!r}" for name in ("In one page", "Exercises", "Further reading") if name not in headings
+    )
     if not notebook.cells or not notebook.cells[0].source.startswith("# "):
         yield "the first cell is not the title"
     if sum(len(re.findall(r"(?m)^# ", text)) for text in markdown(notebook)) != 1:
@@ -145,7 +147,7 @@ def good_chapter():
     return v4.new_notebook(cells=[
         v4.new_markdown_cell("# Title"), v4.new_markdown_cell(text), claim,
         v4.new_code_cell("plot.images(x)", metadata=alt),
-        v4.new_markdown_cell("## Exercises"), v4.new_markdown_cell("## Further reading")])  # fmt: skip
+        *(v4.new_markdown_cell(f"## {name}") for name in ("In one page", "Exercises", "Further reading"))])  # fmt: skip
 
 
 def test_equations_and_figures_have_names_of_their_own():
@@ -157,6 +159,20 @@ def test_equations_and_figures_have_names_of_their_own():
         names += [cell.metadata.get("mystnb", {}).get("figure", {}).get("name", "") for cell in code(notebook)]
     names = [name for name in names if name]
     assert len(names) > 50 and not {name for name in names if names.count(name) > 1}
+
+
+CARD = re.compile(r"(?m)^\| \d+ \[[^\]]+\]\(([\w-]+)\.ipynb\) (\|.*\|)$")
+
+
+def test_every_chapter_begins_with_its_attackers_card():
+    """The line of chapter 1's table, word for word."""
+    opening = "\n".join(markdown(nbformat.read(ROOT / "book" / "01-threats.ipynb", 4)))
+    cards = dict(CARD.findall(opening))
+    wanted = {chapter.stem for chapter in CHAPTERS if chapter.stem[0].isdigit()} - {"01-threats"}
+    assert set(cards) == wanted
+    missing = [name for name in sorted(wanted)
+               if cards[name] not in markdown(nbformat.read(ROOT / "book" / f"{name}.ipynb", 4))[0].splitlines()]  # fmt: skip
+    assert missing == []
 
 
 @pytest.mark.parametrize("source, problem", [
@@ -195,7 +211,7 @@ def test_the_rules_find_what_is_missing():
     chapter = good_chapter()
     chapter.cells = [v4.new_code_cell("x = 1\n" * 8)] * 3
     found = "; ".join(problems(chapter, ""))
-    for problem in ("'Exercises'", "'Further reading'", "not the title", "median", "no cell with"):
+    for problem in ("'In one page'", "'Exercises'", "'Further reading'", "not the title", "median", "no cell with"):
         assert problem in found
 
 
