@@ -20,6 +20,7 @@ import venv
 
 ROOT = pathlib.Path(__file__).resolve().parent
 OLDEST = (3, 10)
+BUILD = ("-c", "from jupyter_book.cli.main import main; main()", "build", ".")
 BENCH_PINS = ("torch", "torchvision", "numpy")
 WINDOWS = os.name == "nt"
 
@@ -113,7 +114,7 @@ def book(arguments):
     # Matplotlib lists the machine's fonts on its first import and says so on stderr, which would fail the build.
     run(python, "-c", "import matplotlib.font_manager")
     # -W: a chapter that fails, fails the build. --all: also the second time.
-    build = ["-c", "from jupyter_book.cli.main import main; main()", "build", ".", "-W", "-n", "--keep-going", "--all"]
+    build = [*BUILD, "-W", "-n", "--keep-going", "--all"]
     # In UTC, because the execution cache keeps its times without a zone.
     status = run(python, *build, *arguments, TQDM_DISABLE="1", TZ="UTC")
     if status:
@@ -157,6 +158,16 @@ def stamp(arguments):
     return run(course_environment(), "tools/stamp.py", *arguments)
 
 
+def links(arguments):
+    """ask every address that the book links to whether it still answers (runs the chapters that have not run yet)"""
+    return run(course_environment(), *BUILD, "--builder", "linkcheck", "--quiet", *arguments, TQDM_DISABLE="1")
+
+
+def slides(arguments):
+    """make the slides of chapters (slides 3 8), or of all, into _build/slides"""
+    return run(course_environment(), "tools/slides.py", *arguments)
+
+
 def pdf(arguments):
     """print the built book into one PDF, through Chromium or Chrome"""
     return run(course_environment(), "tools/pdf.py", *arguments)
@@ -181,6 +192,8 @@ COMMANDS = {
     "clean-notebooks": clean_notebooks,
     "stamp": stamp,
     "pdf": pdf,
+    "slides": slides,
+    "links": links,
     "homework": homework,
     "retrain": retrain,
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pdf
 import pypdf
 import pytest
+import slides
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 from conftest import skip_or_fail
@@ -180,3 +181,26 @@ def test_the_book_prints_whole(browser, tmp_path):
     jumps = [note["/Dest"][0] for note in notes if "/Dest" in note and isinstance(note["/Dest"], list)]
     chapter = printed.get_destination_page_number(chapters[0])
     assert any(jump.get_object() == printed.pages[chapter] for jump in jumps)
+
+
+def test_slides_run_and_fit(browser, tmp_path):
+    """The slides of a chapter, from the outputs of this build: formulas typeset, nothing taller than the screen."""
+    slides.main(["3"])
+    tab = browser.new_page(viewport={"width": 1120, "height": 700})
+    errors, outside = [], []
+    tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    tab.on("request", lambda request: outside.append(request.url) if request.url.startswith("http") else None)
+    tab.goto((slides.OUT / "03-gradient-attacks.html").as_uri(), wait_until="load")
+    tab.wait_for_function("MathJax.startup.promise.then(() => Reveal.isReady())")
+    total = tab.evaluate("Reveal.getTotalSlides()")
+    heights = []
+    for _ in range(total):
+        slide = (
+            "const slide = Reveal.getCurrentSlide(); return slide.scrollHeight * (parseFloat(slide.style.zoom) || 1)"
+        )
+        heights.append(tab.evaluate(f"() => {{{slide}}}"))
+        tab.evaluate("Reveal.next()")
+    assert total > 30 and max(heights) <= 700
+    assert tab.locator("mjx-container").count() > 20 and tab.locator("mjx-merror").count() == 0
+    assert (errors, outside) == ([], [])
+    tab.close()

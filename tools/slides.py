@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Make a chapter's slides: its headings, formulas, questions, figures and claims, one thought a slide.
+
+usage: slides.py [CHAPTER ...]        after `python3 course.py book`; CHAPTER is a number or a name, all without
+
+The figures are those of the built book. By default a paragraph becomes its first sentence, a list, a table, a formula
+and a `> ` box stay whole, code goes and its figure stays. A cell's tags say otherwise: `slide` shows all of it (code,
+too), `no-slide` nothing. Keys: arrows, F for the full screen, O for all slides at once; `?print-pdf` in the address
+and the browser's print make a PDF.
+"""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import sphinx_revealjs
+import yaml
+from jupyter_cache import get_cache
+from nbconvert import SlidesExporter
+from nbformat import v4
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / "_build" / ".jupyter_cache"  # the outputs of the last build
+STATIC = ROOT / "_build" / "html" / "_static"
+OUT = ROOT / "_build" / "slides"
+ROLE = re.compile(r"\{[\w:]+\}`[^`]*`")
+FULL = 620  # characters on a slide; a formula, a row of a table or a line of a list counts as a line of 80
+IMAGES = ("image/svg+xml", "image/png")
+
+
+def without_roles(text):
+    """A text without its citations and references: brackets that hold nothing else go with them."""
+    text = re.sub(rf"\s*\(((?:see |chapter )?{ROLE.pattern}[;,\s]*(?:and )?)+\)", "", text)
+    text = re.sub(r"(?m)^(\$\$|.*\$\$) \([\w-]+\)$", r"\1", text)
+    return ROLE.sub("", text)
+
+
+def blocks(text):
+    """The blocks of a Markdown text: paragraphs, lists, formulas; a fence, <details> or $$ ... $$ is one block."""
+    block, fence = [], None
+    for line in [*text.splitlines(), ""]:
+        ends = {"```": "```", "<details>": "</details>", "$$": "$$"}
+        opened = next((mark for mark in ends if line.strip().startswith(mark)), None)
+        if fence:
+            block.append(line)
+            if line.strip().endswith(fence) or line.strip().startswith(fence):
+                fence = None
+            continue
+        if opened and not (opened == "$$" and line.strip().count("$$") == 2):
+            fence = ends[opened]
+        if line.strip() or fence:
+            block.append(line)
+        elif block:
+            yield "\n".join(block)
+            block = []
+
+
+def first_sentence(paragraph):
+    """Up to the first full stop that ends a sentence; all of a paragraph that has none."""
+    flat = " ".join(paragraph.split())
+    found = re.match(r"(.+?[.!?:])(?=\s+[A-Z*$(]|$)", flat)
+    return (found[1] if found else flat).rstrip(":") + ("." if found and found[1].endswith(":") else "")
+
+
+def gist(text):
+    """(kind, text) for what of a Markdown cell belongs on a slide; kind is "h1", "h2", "h3" or "text"."""
+    for block in blocks(without_roles(text)):
+        heading = re.match(r"(#+) (.*)", block)
+        if heading:
+            yield f"h{min(3, len(heading[1]))}", heading[2]
+            yield from gist(block.split("\n", 1)[1]) if "\n" in block else ()
+        elif block.startswith(("<details>", "```", "    ")):
+            continue
+        elif re.match(r"- |1\. ", block):
+            yield from (("text", item) for item in re.split(r"\n(?=- |\d+\. )", block))
+        elif block.startswith(("$$", "|", "> ")):
+            yield "text", block
+        elif not block.startswith(("[", "**You need**", "<")):
+            yield "text", first_sentence(block)
+
+
+def shown(cell):
+    """The outputs of a code cell for a slide: its figures, and the text of a claim."""
+    outputs = []
+    for output in cell.get("outputs", ()):
+        data = output.get("data", {})
+        found = next((kind for kind in IMAGES if kind in data), None)
+        if found:
+            alt = {found: {"alt": cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")}}
+            outputs.append(v4.new_output("display_data", data={found: data[found]}, metadata=alt))
+    return outputs
+
+
+def claims(cell):
+    """What a checked cell found, as a list; empty for other cells."""
+    if "NBVAL_CHECK_OUTPUT" not in cell.source:
+        return ""
+    text = "".join(output.text for output in cell.get("outputs", ()) if output.output_type == "stream")
+    return "\n".join(f"- {re.sub(r': True$', ' &#10003;', line.strip())}" for line in text.splitlines() if line.strip())
+
+
+def in_the_open(cell):
+    """Whether a code cell is an algorithm that fits on a slide."""
+    lines = cell.source.splitlines()
+    return bool(lines) and lines[0].startswith(("def ", "class ")) and len(lines) <= 18
+
+
+def size(text):
+    lines = text.splitlines()
+    return 80 * len(lines) if text.startswith(("$$", "|")) else max(70, len(text))
+
+
+class Deck:
+    """Cells with nbconvert's marks; a slide that is full goes on in the next one below it."""
+
+    def __init__(self):
+        self.cells, self.used, self.title = [], 0, ""
+
+    def add(self, cell, kind, weight):
+        cell.metadata["slideshow"] = {"slide_type": kind}
+        self.used = weight if kind != "-" else self.used + weight
+        self.cells.append(cell)
+
+    def heading(self, level, text):
+        self.title = text
+        mark = "slide" if level in ("h1", "h2") else "subslide"
+        self.add(v4.new_markdown_cell(f"{'#' * int(level[1])} {text}"), mark, 80)
+
+    def text(self, text):
+        if self.used + size(text) > FULL and self.used > 80:
+            self.add(v4.new_markdown_cell(f"### {self.title}"), "subslide", 80)
+        self.add(v4.new_markdown_cell(text), "-", size(text))
+
+    def code(self, cell):
+        weight = 45 * len(cell.source.splitlines())
+        if self.used + weight > FULL:
+            self.add(v4.new_markdown_cell(f"### {self.title}"), "subslide", 80)
+        self.add(v4.new_code_cell(cell.source), "-", weight)
+
+    def figure(self, outputs, caption):
+        if self.used > 160:
+            self.add(v4.new_markdown_cell(f"### {self.title}"), "subslide", 80)
+        self.add(v4.new_code_cell("", outputs=outputs, metadata={"tags": ["only-output"]}), "-", 480)
+        if caption:
+            self.add(v4.new_markdown_cell(f"<figcaption>{caption}</figcaption>"), "-", 80)
+
+
+def deck(notebook):
+    """The notebook of a chapter's slides."""
+    slides = Deck()
+    for cell in notebook.cells:
+        tags = set(cell.metadata.get("tags", ()))
+        if "no-slide" in tags:
+            continue
+        if cell.cell_type == "markdown":
+            parts = [("text", without_roles(cell.source))] if "slide" in tags else gist(cell.source)
+            for kind, text in parts:
+                if text in ("Exercises", "Further reading"):
+                    break
+                (slides.text(text) if kind == "text" else slides.heading(kind, text))
+            else:
+                continue
+            break
+        if cell.cell_type == "code":
+            outputs = shown(cell)
+            figure = cell.metadata.get("mystnb", {}).get("figure", {}).get("caption", "")
+            if "slide" in tags or (in_the_open(cell) and not outputs):
+                slides.code(cell)
+            if claims(cell):
+                slides.text(claims(cell))
+            if outputs:
+                slides.figure(outputs, without_roles(figure))
+    notebook = v4.new_notebook(cells=slides.cells, metadata={"title": slides.cells[0].source.lstrip("# ")})
+    return notebook
+
+
+def export(notebook):
+    """The slides as one HTML page, beside the folders `reveal` and `mathjax`."""
+    config = Config()
+    config.SlidesExporter.reveal_url_prefix = "reveal"
+    config.SlidesExporter.mathjax_url = "mathjax/tex-chtml.js"
+    config.TemplateExporter.extra_template_basedirs = [str(Path(__file__).parent)]
+    config.SlidesExporter.template_name = "slides"
+    config.SlidesExporter.reveal_theme = "white"
+    config.TagRemovePreprocessor.enabled = True
+    config.TagRemovePreprocessor.remove_input_tags = {"only-output"}
+    return SlidesExporter(config=config).from_notebook_node(notebook)[0]
+
+
+def executed(name):
+    """A chapter with the outputs of the last build; None if it has not run as it is now."""
+    notebook = nbformat.read(ROOT / "book" / f"{name}.ipynb", 4)
+    try:
+        return get_cache(str(CACHE)).merge_match_into_notebook(notebook)[1]
+    except KeyError:
+        return None
+
+
+def main(wanted):
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    names = [chapter["file"].split("/")[-1] for part in toc["parts"] for chapter in part["chapters"]]
+    chapters = [name for name in names if (ROOT / "book" / f"{name}.ipynb").exists()]
+    chosen = [name for name in chapters if not wanted or any(name.startswith(w.zfill(2)) for w in wanted)]
+    if not chosen:
+        sys.exit(f"slides: got {' '.join(wanted)}, want some of {', '.join(chapters)}")
+    notebooks = {name: executed(name) for name in chosen}
+    missing = [name for name, notebook in notebooks.items() if notebook is None]
+    if missing and (wanted or missing == chosen):
+        sys.exit(f"slides: {', '.join(missing)} has not run as it is now; run `python3 course.py book` first")
+    OUT.mkdir(parents=True, exist_ok=True)
+    assets = Path(sphinx_revealjs.__file__).parent / "_static" / "revealjs"
+    shutil.copytree(assets, OUT / "reveal", dirs_exist_ok=True)
+    shutil.copytree(STATIC / "mathjax", OUT / "mathjax", dirs_exist_ok=True)
+    for name, notebook in notebooks.items():
+        if notebook is None:
+            print(f"{name}: has not run as it is now, no slides")
+            continue
+        (OUT / f"{name}.html").write_text(export(deck(notebook)), encoding="utf-8")
+        print((OUT / f"{name}.html").as_uri())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
