@@ -161,18 +161,20 @@ def test_equations_and_figures_have_names_of_their_own():
     assert len(names) > 50 and not {name for name in names if names.count(name) > 1}
 
 
-CARD = re.compile(r"(?m)^\| \d+ \[[^\]]+\]\(([\w-]+)\.ipynb\) (\|.*\|)$")
+LINES = ("Goal", "Knows", "May", "When")
+CARD = re.compile(
+    r"(?m)^\| \d+ \[[^\]]+\]\(([\w-]+)\.ipynb\) \| " + " ".join(rf"\*\*{n}:\*\* (.*?)\." for n in LINES) + r" \|$"
+)
 
 
 def test_every_chapter_begins_with_its_attackers_card():
     """The line of chapter 1's table, word for word."""
     opening = "\n".join(markdown(nbformat.read(ROOT / "book" / "01-threats.ipynb", 4)))
-    cards = dict(CARD.findall(opening))
-    wanted = {chapter.stem for chapter in CHAPTERS if chapter.stem[0].isdigit()} - {"01-threats"}
-    assert set(cards) == wanted
-    missing = [name for name in sorted(wanted)
-               if cards[name] not in markdown(nbformat.read(ROOT / "book" / f"{name}.ipynb", 4))[0].splitlines()]  # fmt: skip
-    assert missing == []
+    cards = {name: texts for name, *texts in CARD.findall(opening)}
+    assert set(cards) == {chapter.stem for chapter in CHAPTERS if chapter.stem[0].isdigit()} - {"01-threats"}
+    for name, texts in cards.items():
+        lines = markdown(nbformat.read(ROOT / "book" / f"{name}.ipynb", 4))[0].splitlines()
+        assert [f"| **{n}** | {text} |" in lines for n, text in zip(LINES, texts, strict=True)] == [True] * 4, name
 
 
 @pytest.mark.parametrize("source, problem", [
