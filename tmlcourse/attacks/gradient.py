@@ -11,9 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import checks, progress
+from .. import checks, kernels, progress
+from ..kernels import graphs
+from ..kernels.dispatch import on
 from .layout import fast_layout, images_at_once
 from .losses import fools, objective
+
+_WORTH_RECORDING = 10  # steps from which on a GPU's recording of one pays for itself
 
 
 def fgsm(model, x: Tensor, y: Tensor, threat, *, loss="cross_entropy", target: Tensor | None = None) -> Tensor:
@@ -104,8 +108,33 @@ def pgd(
             if not len(queue):
                 break
             start = threat.random(x[queue], generator) if random_start else x[queue]
-            _climb(forward, x, start, queue, threat, alphas, best, stop_early, batch_size, bar)
+            if steps >= _WORTH_RECORDING and not stop_early and graphs.playable(model, x, threat, loss):
+                _play(model, x, y, target, start, threat, loss, attacker, alphas, best, batch_size, bar)
+            else:
+                _climb(forward, x, start, queue, threat, alphas, best, stop_early, batch_size, bar)
     return best.x
+
+
+def _play(model, x, y, target, start, threat, loss, attacker, alphas, best, batch_size, bar) -> None:
+    """`_climb` for all images on a GPU; a batch whose step was recorded earlier is played back."""
+    for chunk in torch.arange(len(x), device=x.device).split(batch_size):
+        aim = None if target is None else target[chunk]
+        with on(x):
+            found = graphs.climb(model, x[chunk], y[chunk], aim, threat, loss, attacker, fools)
+        if found is None:
+            _climb(model, x, start[chunk], chunk, threat, alphas, best, False, batch_size, bar)
+            continue
+        climb, replay = found
+        climb.load(x=x[chunk], y=y[chunk], x_adv=start[chunk], best=best.x[chunk], value=best.value[chunk],
+                   fooled=best.fooled[chunk], **({} if aim is None else {"target": aim}))  # fmt: skip
+        with on(x):
+            for alpha in alphas:
+                climb.alpha.fill_(alpha)
+                replay()
+        best.x[chunk], best.value[chunk], best.fooled[chunk] = climb.best, climb.value, climb.fooled
+        with torch.no_grad():
+            best.offer(chunk, climb.x_adv, model(climb.x_adv))
+        bar.update(len(alphas) * len(chunk))
 
 
 def _climb(forward, x, start, queue, threat, alphas, best, stop_early, batch_size, bar) -> None:
@@ -138,7 +167,7 @@ def _climb(forward, x, start, queue, threat, alphas, best, stop_early, batch_siz
             stay = (~done).to(x.device)
             active, x_adv, grad, step = active[stay], x_adv[stay], grad[stay], step[~done]
         if len(active):
-            x_adv = threat.ascend(x_adv, grad, x[active], alphas[step].to(x.device))
+            x_adv = kernels.ascent_step(x_adv, grad, x[active], threat, alphas[step].to(x.device))
             step = step + 1
             bar.update(len(active))
 

@@ -12,9 +12,9 @@ from .. import checks
 
 
 def images_at_once(x: Tensor, batch_size: int | None) -> int:
-    """The given batch size, checked, or one that suits the caches of a CPU (64) or a GPU (1,000)."""
+    """The given batch size, checked, or one that suits the caches of a CPU (64) or a GPU (1,024)."""
     if batch_size is None:
-        return 64 if x.device.type == "cpu" else 1000
+        return 64 if x.device.type == "cpu" else 1024
     return checks.positive_int(batch_size, "batch_size")
 
 

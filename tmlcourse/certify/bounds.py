@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, progress
+from .. import checks, kernels, progress
 from .network import Block, Conv, Dense, MaxPool, Network, Relu, Reshape, Rows, Windows, read, slack
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown", "dual", "lp", "mip")
@@ -238,7 +238,8 @@ def _interval(block: Block, inner: Box) -> tuple[Tensor, Tensor]:
     """[l, u] of W z + b: centre W c + b, radius |W| r, with slack for the rounding of both."""
     c, r = inner.centre, inner.radius
     for layer in block.layers:
-        c, r = layer(c), layer.spread(r + slack(c) * Box(c, r).size)
+        r = r + slack(c) * Box(c, r).size
+        c, r = layer.interval(c, r) if isinstance(layer, Dense) else (layer(c), layer.spread(r))
     return c - r, c + r
 
 
@@ -346,11 +347,12 @@ class _ReluLines:
 
     def back(self, rows: Rows, below: Tensor | None = None) -> Rows:
         """A positive coefficient takes the lower line, a negative one the upper."""
-        slope = rows.at(self.slope)
-        if below is not None or self.below is not self.slope:  # (the dual has one slope for both)
-            slope = torch.where(rows.a > 0, rows.at(self.below) if below is None else below, slope)
-        a = rows.a * slope
-        added = (rows.a.clamp_max(0) * rows.at(self.intercept)).flatten(1).sum(1)
+        lines, image = (self.below, self.slope, self.intercept), rows.image
+        if rows.windows is not None:  # what stands in the rows' windows; (the dual has one slope for both lines)
+            slope, intercept, image = rows.at(self.slope), rows.at(self.intercept), None
+            same = below is not None or self.below is self.slope
+            lines = (slope if same else rows.at(self.below), slope, intercept)
+        a, added = kernels.relu_backsubstitution(rows.a, *lines, image, own=below)
         return rows.with_(a, added, rows.windows)
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, kernels
 from ..models import Normalize
 
 READS = (
@@ -117,6 +117,10 @@ class Dense:
 
     def spread(self, r: Tensor) -> Tensor:
         return F.linear(r, self.weight.abs(), self.bias.abs() * slack(r))
+
+    def interval(self, c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """layer(c) and layer.spread(r) together."""
+        return kernels.interval_linear(self.weight, self.bias, c, r, self.bias.abs() * slack(r))
 
     def back(self, rows: Rows, shape) -> Rows:
         return rows.with_(rows.a @ self.weight, rows.a @ self.bias)

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, progress
+from ..kernels import clip_and_sum, squared_norms, weighted_sum
+from ..kernels.clipping import scale as scale_of
 from ..training import accuracy, constant
 from .accounting import Accountant, noise_for
 
@@ -103,14 +105,8 @@ def clipped_gradient(
 
 def _vmap(model, x: Tensor, y: Tensor, clip: float, loss: Callable) -> tuple[dict[str, Tensor], Tensor]:
     grads = per_example_gradients(model, x, y, loss=loss)
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads.values()]).norm(dim=0)
-    scale = _scale(norms, clip)
-    return {name: _weighted(g, scale) for name, g in grads.items()}, norms
-
-
-def _scale(norms: Tensor, clip: float) -> Tensor:
-    """min(1, clip / norm), and 0 for a gradient that is not finite: one broken record must not break the guarantee."""
-    return torch.where(torch.isfinite(norms), (clip / norms.clamp_min(1e-30)).clamp_max(1.0), 0.0)
+    sums, norms = clip_and_sum(list(grads.values()), clip)
+    return dict(zip(grads, sums, strict=True)), norms
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module] | None:
@@ -166,27 +162,20 @@ def _books(model, layers, x: Tensor, y: Tensor, clip: float, loss: Callable) -> 
                     b.flatten(2).sum(2) if type(layer) is nn.Conv2d else b.flatten(1, -2).sum(1) if b.dim() > 2 else b
                 )
                 squares += of_bias.square().sum(1)
-                weighted[dot + "bias"] = functools.partial(_weighted, of_bias)
+                weighted[dot + "bias"] = functools.partial(weighted_sum, of_bias)
             if layer.weight.requires_grad:
                 size, weighted[dot + "weight"] = (_linear if type(layer) is nn.Linear else _convolution)(layer, a, b)
                 squares += size
         norms = squares.sqrt()
-        scale = _scale(norms, clip)
+        scale = scale_of(norms, clip)
         return {name: total(scale) for name, total in weighted.items()}, norms
-
-
-def _weighted(grads: Tensor, scale: Tensor) -> Tensor:
-    """sum_i scale_i grads_i; an example of scale 0 counts nothing even where it is not finite."""
-    if bool((scale == 0).any()):
-        grads = grads[scale > 0]
-    return torch.tensordot(scale[scale > 0] if len(grads) < len(scale) else scale, grads, 1)
 
 
 def _linear(layer: nn.Linear, a: Tensor, b: Tensor) -> tuple[Tensor, Callable]:
     """||b_i a_i^T||^2 of each example, and the function scale -> sum_i scale_i b_i a_i^T."""
     if a.dim() > 2:
         grads = torch.bmm(b.flatten(1, -2).transpose(1, 2), a.flatten(1, -2))
-        return grads.flatten(1).square().sum(1), functools.partial(_weighted, grads)
+        return squared_norms(grads), functools.partial(weighted_sum, grads)
 
     def total(scale: Tensor) -> Tensor:
         keep = scale > 0
@@ -215,7 +204,7 @@ def _convolution(layer: nn.Conv2d, a: Tensor, b: Tensor) -> tuple[Tensor, Callab
             grads[i : i + few] = torch.bmm(b[i : i + few].flatten(2), windows.transpose(1, 2)).view(
                 -1, *layer.weight.shape
             )
-    return grads.flatten(1).square().sum(1), functools.partial(_weighted, grads)
+    return squared_norms(grads), functools.partial(weighted_sum, grads)
 
 
 def _check(model, x: Tensor, y: Tensor) -> None:
