@@ -666,3 +666,187 @@ def test_bad_fairness_figures_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
     assert plt.get_fignums() == []
+
+
+HEAT = {"signed": torch.linspace(-1, 3, 24).view(2, 1, 3, 4), "unsigned": torch.linspace(0, 1, 24).view(2, 1, 3, 4)}
+
+
+def test_heat_maps_have_a_bar_for_each_kind_of_scale():
+    figure = plot.heatmaps(
+        HEAT, images=torch.rand(2, 3, 3, 4), masks=torch.eye(3, 4).expand(2, 1, 3, 4), rows=["a", "b"]
+    )
+    pictures = [ax for ax in figure.axes if ax.images]
+    assert len(pictures) == 6 and len(figure.axes) == 8  # two bars
+    limits = [ax.images[0].get_clim() for ax in pictures]
+    assert limits[1:3] == limits[4:] == [(-1, 1), (0, 1)]
+    assert [float(abs(ax.images[0].get_array()).max()) for ax in pictures if ax.images[0].get_array().ndim == 2] == [
+        1.0
+    ] * 4
+    assert pictures[0].get_ylabel() == "a" and sum(bool(ax.collections) for ax in pictures) == 4
+
+
+def test_heat_maps_that_are_compared_share_one_scale():
+    figure = plot.heatmaps({"a": HEAT["signed"], "b": HEAT["signed"] / 3}, shared=True, unit="logit")
+    pictures = [ax for ax in figure.axes if ax.images]
+    assert {ax.images[0].get_clim() for ax in pictures} == {(-3, 3)} and len(figure.axes) == 5
+    np.testing.assert_allclose(pictures[1].images[0].get_array(), HEAT["signed"][0, 0] / 3)
+    assert "3 logit" in [t.get_text() for t in figure.axes[-1].get_xticklabels()]
+
+
+def test_channels_of_heat_maps_are_summed_where_signed():
+    heat = torch.tensor([[1.0, -1.0], [0.5, 2.0]]).view(1, 2, 1, 2)
+    drawn = plot.heatmaps({"a": heat, "b": heat.abs()}, shared=True, columns=1)
+    pictures = [ax.images[0].get_array() for ax in drawn.axes if ax.images]
+    np.testing.assert_allclose(pictures[0], [[1.5, 1.0]])
+    np.testing.assert_allclose(pictures[1], [[1.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: plot.heatmaps([1]), TypeError, "maps_by_title: got list"),
+        (lambda: plot.heatmaps({}), TypeError, "not empty"),
+        (
+            lambda: plot.heatmaps({"a": torch.rand(2, 1, 3, 4), "b": torch.rand(2, 1, 4, 4)}),
+            ValueError,
+            "want one shape",
+        ),
+        (lambda: plot.heatmaps(HEAT, rows=["a"]), ValueError, "rows"),
+        (lambda: plot.heatmaps(HEAT, images=torch.rand(3, 1, 3, 4)), ValueError, "images: got 3, want 2"),
+        (lambda: plot.heatmaps({"a": torch.full((1, 1, 2, 2), torch.nan)}), ValueError, "NaN"),
+    ],
+)
+def test_bad_heat_maps_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+    assert plt.get_fignums() == []
+
+
+PIPELINE = {stage: f"somebody who stands at the {stage}" for stage in plot.STAGES}
+
+
+def test_the_pipeline_names_every_stage_and_puts_each_attacker_beside_its_own():
+    figure = plot.pipeline(PIPELINE)
+    places = {t.get_text().replace("\n", " "): t.get_position() for t in texts(figure)}
+    for stage, name in plot.STAGES.items():
+        assert places[name][1] == places[PIPELINE[stage]][1] and places[name][0] < places[PIPELINE[stage]][0]
+    assert len({place[1] for text, place in places.items() if text in plot.STAGES.values()}) == len(plot.STAGES)
+    alone = [t.get_text() for t in plot.pipeline({"input": "evasion"}).axes[0].texts if t.get_text()]
+    assert set(alone) == {*plot.STAGES.values(), "training", "in use", "evasion"}
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_every_figure_leaves_pyplot_and_the_settings_alone,
+        test_every_figure_looks_the_same_under_any_settings,
+        test_every_figure_is_a_white_card,
+        test_nothing_is_cut_off_and_text_reads_on_a_phone,
+    ],
+)
+def test_the_pipeline_is_a_figure_like_the_others(check):
+    check(lambda: plot.pipeline(PIPELINE))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: plot.pipeline(["input"]), TypeError, "attackers: got list"),
+        (lambda: plot.pipeline({"weather": "rain"}), ValueError, "attackers"),
+        (lambda: plot.pipeline({"input": " "}), ValueError, "empty"),
+    ],
+)
+def test_bad_attackers_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+    assert plt.get_fignums() == []
+
+
+ROOF = pd.DataFrame(
+    {
+        "name": ["step", "step", "clip and sum"],
+        "group": ["PyTorch, measured", "kernel, from the roof", "PyTorch, measured"],
+        "intensity": [0.1, 0.4, 0.5],
+        "rate": [1e9, 4e9, 3e9],
+    }
+)
+GROWTH = {"images: n^1.00": ([1, 2, 4], [1.0, 2, 4]), "depth: n^2.00": ([1, 2, 4], [1.0, 4, 16])}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: plot.roofline(ROOF, bandwidth=1e10, peak=1e11),
+        lambda: plot.growth(GROWTH, title="Growth", xlabel="times as large", ylabel="times as long"),
+    ],
+)
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_every_figure_leaves_pyplot_and_the_settings_alone,
+        test_every_figure_looks_the_same_under_any_settings,
+        test_every_figure_is_a_white_card,
+        test_nothing_is_cut_off_and_text_reads_on_a_phone,
+    ],
+)
+def test_the_figures_of_speed_are_figures_like_the_others(check, make):
+    check(make)
+
+
+def test_the_roof_is_the_lower_of_bandwidth_and_peak():
+    (ax,) = plot.roofline(ROOF, bandwidth=1e10, peak=1e11).axes
+    x, y = ax.lines[0].get_data()
+    np.testing.assert_allclose(y, np.minimum(1e11, np.asarray(x) * 1e10))
+    filled = {line.get_markerfacecolor() for line in ax.lines[1:]}
+    assert "white" in filled and len(filled) == 3
+    assert {tuple(np.ravel(line.get_data())) for line in ax.lines[1:]} == {(0.1, 1e9), (0.4, 4e9), (0.5, 3e9)}
+
+
+def test_growth_shows_powers_as_straight_lines():
+    (ax,) = plot.growth(GROWTH, title="T", xlabel="x", ylabel="y").axes
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    assert [line.get_label() for line in ax.lines] == list(GROWTH)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: plot.roofline(ROOF.assign(rate=0.0), bandwidth=1.0, peak=1.0), ValueError, "must be > 0"),
+        (lambda: plot.roofline(ROOF.assign(group=list("abc")), bandwidth=1.0, peak=1.0), ValueError, "3 groups"),
+        (lambda: plot.roofline(ROOF, bandwidth=0.0, peak=1.0), ValueError, "bandwidth: got 0"),
+        (lambda: plot.growth([1], title="T", xlabel="x", ylabel="y"), TypeError, "points_by_label: got list"),
+        (lambda: plot.growth({"a": ([1, 2], [1, 0])}, title="T", xlabel="x", ylabel="y"), ValueError, "all > 0"),
+    ],
+)
+def test_bad_measurements_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+    assert plt.get_fignums() == []
+
+
+def test_roc_log_draws_the_best_rate_within_each_false_alarm_rate():
+    figure = plot.roc_log({"attack": [(0, 0), (0.001, 0.02), (0.1, 0.3), (1, 1)]}, least=1e-3, data_name="made up")
+    axes = figure.axes[0]
+    assert axes.get_xscale() == axes.get_yscale() == "log" and "made up" in axes.get_title(loc="left")
+    x, y = axes.lines[1].get_data()
+    assert y[0] == 2 and y[-1] == 100 and y[np.searchsorted(x, 9.0)] == 2
+    with pytest.raises(ValueError, match="want .T, 2. in"):
+        plot.roc_log({"attack": [(0, 2)]})
+    with pytest.raises(ValueError, match="least"):
+        plot.roc_log({"attack": [(0, 0), (1, 1)]}, least=0.0)
+    with pytest.raises(TypeError, match="curves"):
+        plot.roc_log([(0, 0), (1, 1)])
+
+
+def test_agreement_draws_every_case_and_the_diagonal():
+    actual = np.array([-1.0, 0.0, 2.0])
+    clouds, words = {"a": actual, "b": 0.5 * actual}, {"title": "T", "xlabel": "x", "ylabel": "y"}
+    figure = plot.agreement(actual, clouds, data_name="toy", **words)
+    diagonal, a, b = figure.axes[0].lines
+    assert np.array_equal(*diagonal.get_data()) and diagonal.get_xdata()[0] < -1 and diagonal.get_xdata()[1] > 2
+    assert np.array_equal(a.get_ydata(), actual) and np.array_equal(b.get_ydata(), 0.5 * actual)
+    assert "toy" in figure.axes[0].get_title(loc="left")
+    with pytest.raises(ValueError, match="predicted_by_label\\['a'\\]: want shape"):
+        plot.agreement(actual, {"a": [1.0]}, title="T", xlabel="x", ylabel="y")
+    with pytest.raises(TypeError, match="predicted_by_label: got list"):
+        plot.agreement(actual, [actual], title="T", xlabel="x", ylabel="y")

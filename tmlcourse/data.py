@@ -577,6 +577,69 @@ _DISTANCE = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """Images `x` float32 (N, 3, 16, 16) made from `factors` float32 (N, F) in [0, 1], their `names`, a `name` for figures.
+
+    Example: `discs(5).names`.
+    """
+
+    x: Tensor
+    factors: Tensor
+    names: tuple[str, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def discs(n: int | None = None, *, seed: int = 0, factors: Tensor | None = None) -> Factors:
+    """`n` pictures (3, 16, 16) of a disc above a floor, each made from three independent factors in [0, 1].
+
+    The factors: "across" (where the disc is, from left to right), "colour" (of the disc, from blue to orange), "floor" (how
+    bright the lowest four rows are, from black to mid-grey).
+
+    Args: n >= 1 with the seed of uniform factors; or factors (N, 3) in [0, 1], and no n.
+    Returns: `Factors`.
+    Raises: TypeError, ValueError: bad input.
+    Example: `discs(factors=torch.tensor([[0.0, 0.5, 1.0]])).x.shape` is (1, 3, 16, 16).
+    """
+    if (n is None) == (factors is None):
+        raise ValueError(f"n, factors: got {n} and {'given' if factors is not None else None}, want one of the two")
+    if factors is None:
+        generator = torch.Generator().manual_seed(seed)
+        factors = torch.rand(checks.positive_int(n, "n"), 3, generator=generator)
+    elif checks.images(factors, "factors").dim() != 2 or factors.shape[1] != 3:
+        raise ValueError(f"factors: got shape {tuple(factors.shape)}, want (N, 3)")
+    factors = factors.float()
+    across, colour, floor = factors[:, :, None, None].unbind(1)
+    side = torch.arange(16, device=factors.device) + 0.5
+    cover = (0.5 - (torch.hypot(side - (4.75 + 6.5 * across), side[:, None] - 6.5) - 3) / 1.5).clamp(0, 1)
+    ends = factors.new_tensor([[0.0, 0.35, 1.0], [1.0, 0.55, 0.0]])
+    x = torch.lerp(ends[0], ends[1], colour.flatten(1))[:, :, None, None] * cover[:, None]
+    x[:, :, 12:] = floor[:, None] / 2
+    return Factors(x, factors, ("across", "colour", "floor"), "discs")
+
+
+def photograph(name: str = "flower", *, height: int = 160) -> Tensor:
+    """One of two photographs that come with scikit-learn, (1, 3, height, W) in [0, 1], made smaller: "flower" or "china".
+
+    Both are under the Creative Commons licence CC BY 2.0, attributed to danielbuechele (flickr.com) by scikit-learn.
+
+    Args: name; height: pixels, 8 to 427; the width follows.
+    Raises: TypeError, ValueError: bad input.
+    Example: `photograph(height=64).shape` is (1, 3, 64, 96).
+    """
+    from sklearn.datasets import load_sample_image  # takes a second: only when it is needed
+
+    checks.choice(name, "name", ("flower", "china"))
+    if checks.positive_int(height, "height", least=8) > 427:
+        raise ValueError(f"height: got {height}, want at most 427, the photograph's own")
+    x = torch.from_numpy(np.array(load_sample_image(f"{name}.jpg"))).permute(2, 0, 1)[None].float() / 255
+    size = (height, round(height * x.shape[3] / x.shape[2]))
+    return F.interpolate(x, size=size, mode="bilinear", antialias=True).clamp(0, 1)
+
+
 def _count(n: int | None, available: int, name: str, split: str) -> int:
     """The number of images asked for: all of them without `n`."""
     if n is not None and n > available:

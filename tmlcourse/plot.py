@@ -19,9 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Polygon
+from matplotlib.patches import FancyBboxPatch, Patch, Polygon
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from . import checks
 
@@ -1193,3 +1193,282 @@ def threshold(table, cut: float, *, title: str = "", data_name: str = "", xlabel
     entries = {"with the outcome, selected": Patch(facecolor=COLOURS[2], hatch="///", edgecolor="white"),
                "without it, selected": Patch(facecolor=COLOURS[0], hatch="...", edgecolor="white")}  # fmt: skip
     return _legend(ax, grow=own, entries=entries)
+
+
+@_styled
+def heatmaps(maps_by_title, *, images=None, masks=None, rows=None, shared: bool = False, unit: str = "", data_name: str = "",
+             columns: int | None = None) -> Figure:  # fmt: skip
+    """Explanations of images: a row an image, a column a method; red speaks for the class, blue against it.
+
+    A method with negative values is drawn on a scale symmetric about 0, the others from white to red, each kind with its bar.
+
+    maps_by_title: dict title -> (N, C, H, W) or (N, H, W); channels are summed where signed, their maximum taken where not.
+    images: (N, C, H, W) in [0, 1], a first column. masks: (N, 1, H, W), outlined on every map. rows: N texts at the left.
+    shared: one scale in the maps' own unit (named by `unit`) over all that is drawn; otherwise each map is divided by its
+        largest absolute value, for methods whose units differ.
+    columns: breaks a single row of maps (N = 1) after so many pictures.
+    Raises ValueError or TypeError for other shapes, values or numbers.
+
+    Example:
+        >>> heat = {"gradient": torch.randn(2, 1, 8, 8), "saliency": torch.rand(2, 1, 8, 8)}
+        >>> fig = heatmaps(heat, images=torch.rand(2, 1, 8, 8), rows=["3", "7"], data_name="digits")
+    """
+    if not isinstance(maps_by_title, dict) or not maps_by_title:
+        raise TypeError(f"maps_by_title: got {type(maps_by_title).__name__}, want a dict title -> maps, not empty")
+    maps = {str(title): _one_channel(value, f"maps_by_title[{title!r}]") for title, value in maps_by_title.items()}
+    shapes = {value.shape for value in maps.values()}
+    n = len(next(iter(maps.values())))
+    if len(shapes) > 1:
+        raise ValueError(f"maps_by_title: got maps of shapes {sorted(shapes)}, want one shape")
+    rows = _texts(rows, "rows", n) if rows is not None else None
+    signed = {title: bool((value < 0).any()) for title, value in maps.items()}
+    largest = max(float(np.abs(value).max()) for value in maps.values()) or 1.0
+    if not shared:
+        maps = {t: v / np.maximum(np.abs(v).max((1, 2), keepdims=True), 1e-30) for t, v in maps.items()}
+        largest = 1.0
+    pictures = {} if images is None else {"image": _images(images, "images")}
+    outlines = None if masks is None else _array(masks, "masks", 3, 4).reshape(n, *next(iter(shapes))[1:])
+    if pictures and len(pictures["image"]) != n:
+        raise ValueError(f"images: got {len(pictures['image'])}, want {n}, one a row")
+
+    titles = [*pictures, *maps]
+    broken = columns is not None and n == 1
+    across = min(checks.positive_int(columns, "columns"), len(titles)) if broken else len(titles)
+    down = math.ceil(len(titles) / across) if broken else n
+    size = _text_size(titles, across + 0.3 * (rows is not None))
+    lines = max(title.count("\n") + 1 for title in titles) * (down if broken else 1)
+    kinds = sorted(set(signed.values()))
+    fig = _figure(0.35 * bool(data_name) + 0.62 + down * (min(_WIDTH / across, 1.8) + 0.02) + lines * size / 60)
+    fig.get_layout_engine().set(hspace=0.02, h_pad=0.03, w_pad=0.03)
+    axes = fig.subplots(down, across, squeeze=False)
+    shown = {}
+    for i in range(n):
+        for j, title in enumerate(titles):
+            ax = axes[divmod(j, across)] if broken else axes[i, j]
+            text = title if broken or i == 0 else ""
+            if title in pictures:
+                _picture(ax, pictures[title][i], text, size)
+            else:
+                low, look = (-largest, "RdBu_r") if signed[title] else (0.0, "Reds")
+                _picture(ax, maps[title][i], text, size, cmap=look, vmin=low, vmax=largest)
+                shown[signed[title]] = ax.images[0]
+                if outlines is not None:
+                    ax.contour(outlines[i], levels=[0.5], colors=_INK, linewidths=0.9, linestyles="-")
+        if rows:
+            axes[i, 0].set_ylabel(rows[i], fontsize=min(10, size + 1), rotation=90)
+    for ax in axes.flat[len(titles) if broken else axes.size :]:
+        ax.set_axis_off()
+    for kind in kinds:
+        bar = fig.colorbar(shown[kind], ax=list(axes.flat), location="bottom", shrink=0.7, aspect=30, pad=0.02)
+        bar.ax.tick_params(labelsize=10, color="#666666", labelcolor=_INK)
+        bar.outline.set_visible(False)
+        top = f"{largest:.2g}" if shared else "largest"
+        name = unit if shared else ""
+        ticks = {-largest: f"−{top}" if shared else "−largest", 0.0: "0", largest: f"{top} {name}".strip()}
+        bar.set_ticks([t for t in ticks if kind or t >= 0], labels=[v for t, v in ticks.items() if kind or t >= 0])
+    if data_name:
+        fig.suptitle(_title("", data_name), x=0.01, ha="left")
+    return fig
+
+
+def _one_channel(maps, name: str) -> np.ndarray:
+    """(N, H, W) from (N, C, H, W): the sum of signed channels, the maximum of others."""
+    maps = _array(maps, name, 3, 4)
+    if maps.ndim == 4:
+        maps = maps.sum(1) if (maps < 0).any() else maps.max(1)
+    return maps
+
+
+def _rounded(x: float, y: float, width: float, height: float, **look) -> FancyBboxPatch:
+    """A box with round corners."""
+    return FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.14", **look)
+
+
+STAGES = {
+    "world": "the world",
+    "data": "training data $D$",
+    "learner": "learner $A$",
+    "input": "input $x$",
+    "model": "model $f = A(D)$",
+    "answer": "answer $f(x)$",
+    "explanation": "explanation",
+}
+
+
+@_styled
+def pipeline(attackers) -> Figure:
+    """The way from the world to an answer, in training and in use, and beside each stage who stands there and pulls.
+
+    attackers: dict stage -> text, the stages being the keys of `STAGES`; a line has at most 27 letters. Raises TypeError
+    or ValueError for what is not a dict, an unknown stage or an empty text.
+
+    Example:
+        >>> fig = pipeline({"data": "poison, backdoor", "input": "evasion"})
+    """
+    if not isinstance(attackers, dict):
+        raise TypeError(f"attackers: got {type(attackers).__name__}, want a dict stage -> text")
+    texts = _texts(list(attackers.values()), "attackers", len(attackers))
+    for stage, text in zip(attackers, texts, strict=True):
+        checks.choice(stage, "attackers", tuple(STAGES))
+        if not text.strip():
+            raise ValueError(f"attackers[{stage!r}]: got an empty text")
+    fig = _figure(6.2)
+    ax = fig.add_subplot()
+    ax.set(xlim=(0, 10), ylim=(-8.15, 0.85))
+    ax.set_axis_off()
+    ax.set_title(_title("Who stands where", ""))
+    heights = dict(zip(STAGES, (0, -1.2, -2.4, -4.0, -5.2, -6.4, -7.6), strict=True))
+    for top, bottom, phase in ((0.6, -3.0, "training"), (-3.4, -8.1, "in use")):
+        ax.add_patch(_rounded(0, bottom, 4.9, top - bottom, facecolor="#EEF3F8", edgecolor="none"))
+        ax.text(0.32, (top + bottom) / 2, phase, rotation=90, ha="center", va="center", color="#555555", fontsize=10.5)
+    flow = {"arrowstyle": "-|>", "color": COLOURS[0], "lw": 1.8, "shrinkA": 0, "shrinkB": 0}
+    for stage, name in STAGES.items():
+        y, left = heights[stage], 1.75 if stage == "input" else 0.8
+        ax.add_patch(_rounded(left, y - 0.36, 4.6 - left, 0.72, facecolor="white", edgecolor=COLOURS[0], lw=1.6))
+        ax.text((left + 4.6) / 2, y, name, ha="center", va="center", fontsize=11)
+    for above, below in (
+        ("world", "data"),
+        ("data", "learner"),
+        ("input", "model"),
+        ("model", "answer"),
+        ("answer", "explanation"),
+    ):
+        ax.annotate("", (3.0, heights[below] + 0.37), (3.0, heights[above] - 0.37), arrowprops=flow)
+    ax.annotate("", (1.25, heights["model"] + 0.37), (1.25, heights["learner"] - 0.37), arrowprops=flow)
+    pull = flow | {"color": "#A33F00", "lw": 1.6}
+    for stage, text in zip(attackers, texts, strict=True):
+        y = heights[stage]
+        ax.annotate("", (4.66, y), (5.5, y), arrowprops=pull)
+        ax.text(5.6, y, textwrap.fill(text, 27), va="center", fontsize=10, color="#A33F00", linespacing=1.1)
+    return fig
+
+
+@_styled
+def agreement(actual, predicted_by_label, *, title: str, xlabel: str, ylabel: str, data_name: str = "",
+              ax: Axes | None = None) -> Figure:  # fmt: skip
+    """Predicted values over what came true, one mark a case, with the diagonal on which a perfect prediction lies.
+
+    actual: (n,); predicted_by_label: dict label -> (n,), at most 6. Raises ValueError for other lengths, NaN or infinite
+    values.
+
+    Example:
+        >>> x = np.linspace(-1, 1, 9)
+        >>> fig = agreement(x, {"first order": 0.9 * x}, title="T", xlabel="actual", ylabel="predicted")
+    """
+    actual = _array(actual, "actual", 1)
+    if not isinstance(predicted_by_label, dict):
+        raise TypeError(f"predicted_by_label: got {type(predicted_by_label).__name__}, want a dict label -> (n,)")
+    labels = _lines(predicted_by_label, "predicted_by_label", most=6)
+    clouds = [_array(values, f"predicted_by_label[{k!r}]", 1) for k, values in predicted_by_label.items()]
+    if bad := [k for k, cloud in zip(labels, clouds, strict=True) if cloud.shape != actual.shape]:
+        raise ValueError(f"predicted_by_label[{bad[0]!r}]: want shape {actual.shape}, one value for each actual one")
+    own, ax = ax is None, _axes(ax, 3.8)
+    both = np.concatenate([actual, *clouds])
+    low, high = both.min(), both.max()
+    edge = 0.05 * (high - low) or 1.0
+    ax.plot([low - edge, high + edge], [low - edge, high + edge], ls="-", lw=1, color="#666666", marker="")
+    for i, (label, cloud) in enumerate(zip(labels, clouds, strict=True)):
+        look = _line(i) | {"linestyle": "", "markerfacecolor": "white" if i else COLOURS[0], "markeredgewidth": 1.5}
+        ax.plot(actual, cloud, label=label, ms=6, **look)
+    ax.locator_params(nbins=5)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=_title(title, data_name))
+    return _legend(ax, grow=own)
+
+
+@_styled
+def roofline(table, *, bandwidth: float, peak: float, title: str = "Roofline", ax: Axes | None = None) -> Figure:
+    """Rates of computation over arithmetic intensity, under the roof min(peak, intensity x bandwidth); both axes logarithmic.
+
+    table: columns `name`, `group` (at most two: filled marks for the first, hollow ones for the second), `intensity`
+    (operations a byte, > 0), `rate` (operations a second, > 0). bandwidth: bytes a second. peak: operations a second.
+
+    Example:
+        >>> table = pd.DataFrame({"name": ["step"], "group": ["measured"], "intensity": [0.4], "rate": [2e9]})
+        >>> fig = roofline(table, bandwidth=1e10, peak=1e11)
+    """
+    table = _table(table, ("name", "group", "intensity", "rate"))
+    if not (table[["intensity", "rate"]] > 0).all(axis=None):
+        raise ValueError("table: intensity and rate must be > 0 on logarithmic axes")
+    for value, name in ((bandwidth, "bandwidth"), (peak, "peak")):
+        checks.positive(value, name)
+    names, groups = _lines(dict.fromkeys(table["name"]), "name", most=8), list(dict.fromkeys(table["group"]))
+    if len(groups) > 2:
+        raise ValueError(f"table: got {len(groups)} groups, want at most 2")
+    own, ax = ax is None, _axes(ax, 4.0)
+    knee = peak / bandwidth
+    low, high = min(table["intensity"].min(), knee) / 2, max(table["intensity"].max(), knee) * 4
+    ax.plot([low, knee, high], [low * bandwidth, peak, peak], color=_INK, lw=1.8, ls="-", marker="")
+    entries = {}
+    for i, name in enumerate(names):
+        for group, rows in table[table["name"] == name].groupby("group"):
+            look = _line(i) | {"linestyle": "", "markeredgewidth": 1.8, "markersize": 8}
+            look |= {} if group == groups[0] else {"markerfacecolor": "white"}
+            (mark,) = ax.plot(rows["intensity"], rows["rate"], **look)
+            entries.setdefault(name, mark)
+    for group in groups:
+        fill = "#666666" if group == groups[0] else "white"
+        entries[group] = Line2D([], [], ls="", marker="o", ms=8, mec="#666666", mfc=fill, mew=1.8)
+    ax.set(xscale="log", yscale="log", xlim=(low, high), xlabel="intensity (operations a byte)",
+           ylabel="operations a second", title=_title(title, ""))  # fmt: skip
+    return _legend(ax, grow=own, entries=entries)
+
+
+@_styled
+def growth(points_by_label, *, title: str, xlabel: str, ylabel: str, data_name: str = "",
+           ax: Axes | None = None) -> Figure:  # fmt: skip
+    """How costs grow: a line for each label on two logarithmic axes, where n^p is a straight line of slope p.
+
+    points_by_label: dict label -> (x, y), each (T,) and > 0. Raises ValueError for other lengths or values.
+
+    Example:
+        >>> fig = growth({"linear": ([1, 2, 4], [3, 6, 12])}, title="Growth", xlabel="n", ylabel="seconds")
+    """
+    if not isinstance(points_by_label, dict):
+        raise TypeError(f"points_by_label: got {type(points_by_label).__name__}, want a dict label -> (x, y)")
+    own, ax = ax is None, _axes(ax, 3.8)
+    for i, label in enumerate(_lines(points_by_label, "points_by_label")):
+        x, y = (_array(values, f"points_by_label[{label!r}]", 1) for values in points_by_label[label])
+        if x.shape != y.shape or not (x > 0).all() or not (y > 0).all():
+            raise ValueError(f"points_by_label[{label!r}]: want as many x as y, all > 0")
+        ax.plot(x, y, label=label, **_line(i))
+    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel, title=_title(title, data_name))
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+        axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        axis.set_minor_locator(NullLocator())
+    return _legend(ax, grow=own)
+
+
+@_styled
+def roc_log(curves, *, least: float = 1e-3, data_name: str = "", title: str = "ROC", ax: Axes | None = None) -> Figure:
+    """ROC curves on logarithmic axes, where the left end, few false alarms, takes as much room as all the rest.
+
+    curves: dict name -> (T, 2) of FPR and TPR in [0, 1], rising, at most 6. least: where the axes begin, in (0, 1); the
+    dashed line is guessing. Raises ValueError for other shapes or values.
+
+    Example:
+        >>> fig = roc_log({"attack": [(0, 0), (0.001, 0.02), (0.1, 0.3), (1, 1)]})
+    """
+    if not isinstance(curves, dict):
+        raise TypeError(f"curves: got {type(curves).__name__}, want a dict name -> (T, 2)")
+    least = checks.probability(least, "least")
+    names = _lines(curves, "curves", most=6)
+    own, ax = ax is None, _axes(ax, 4.4)
+    ax.plot([100 * least, 100], [100 * least, 100], color="#888888", lw=1.2, ls=DASHES[2], marker="")
+    for i, (name, curve) in enumerate(zip(names, curves.values(), strict=True)):
+        c = _array(curve, f"curves[{name!r}]", 2)
+        if c.shape[1] != 2 or c.min() < -1e-9 or c.max() > 1 + 1e-9:
+            raise ValueError(
+                f"curves[{name!r}]: got {c.shape} in [{c.min():.3g}, {c.max():.3g}], want (T, 2) in [0, 1]"
+            )
+        x = np.geomspace(least, 1, 200)
+        y = c[np.searchsorted(c[:, 0], x * (1 + 1e-9), side="right") - 1, 1]
+        ax.plot(
+            100 * x, 100 * y.clip(least / 10), label=name, markevery=(8 * i, 33), drawstyle="steps-post", **_line(2 * i)
+        )
+    ax.set(xscale="log", yscale="log", xlim=(100 * least, 100), ylim=(100 * least, 110), aspect="equal",
+           xlabel="false-positive rate (%)", ylabel="true-positive rate (%)", title=_title(title, data_name))  # fmt: skip
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_major_formatter("{x:g}")
+    return _legend(ax, grow=own)

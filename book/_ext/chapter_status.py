@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 
 from docutils import nodes
 from myst_nb.sphinx_ import NbMetadataCollector
+from pages import link, table
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 
@@ -64,26 +65,11 @@ class FillChapterStatus(SphinxPostTransform):
 
     def run(self, **kwargs):
         for place in list(self.document.findall(ChapterStatus)):
-            place.replace_self(self.table())
-
-    def table(self):
-        group = nodes.tgroup(
-            "", *(nodes.colspec(colwidth=1) for _ in HEADINGS), cols=len(HEADINGS)
-        )
-        head = nodes.row(
-            "", *(nodes.entry("", nodes.paragraph(text=text)) for text in HEADINGS)
-        )
-        body = nodes.tbody()
-        for name, *cells in chapter_rows(self.env):
-            address = self.app.builder.get_relative_uri(self.env.docname, name)
-            link = nodes.reference(
-                "", self.env.titles[name].astext(), refuri=address, internal=True
+            rows = (
+                [link(self.app, name, self.env.titles[name].astext()), *cells]
+                for name, *cells in chapter_rows(self.env)
             )
-            row = nodes.row("", nodes.entry("", nodes.paragraph("", "", link)))
-            row.extend(nodes.entry("", nodes.paragraph(text=text)) for text in cells)
-            body += row
-        group += [nodes.thead("", head), body]
-        return nodes.table("", group, classes=["colwidths-auto"])
+            place.replace_self(table(HEADINGS, rows))
 
 
 def rebuild_status_pages(app, env):

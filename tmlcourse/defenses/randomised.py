@@ -6,7 +6,6 @@ functions of this package that take `seed=` set it inside and put it back.
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor, nn
 
