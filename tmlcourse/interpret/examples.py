@@ -105,7 +105,7 @@ def influential(model: Regression, X: Tensor, y: Tensor, k: int = 5) -> tuple[Te
         the test loss.
     Raises: TypeError, ValueError: bad input.
     Source: Koh & Liang 2017.
-    Example: `influential(tmlcourse.interpret.influence.regression(rows, torch.arange(8) % 2), rows[:2],
+    Example: `influential(tmlcourse.interpret.regression(rows, torch.arange(8) % 2), rows[:2],
         torch.tensor([0, 1]), 3)[0].shape` is (2, 3).
     """
     if not isinstance(model, Regression):

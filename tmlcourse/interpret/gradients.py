@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import checks, progress, randomness
-from ..attacks.layout import images_at_once
+from ..attacks.layout import fast_layout, images_at_once
 from .common import gradient, selected, targets
 
 
@@ -230,6 +230,7 @@ def _gradients_at(model, points, target, batch_size, name, *images):
     A batch holds as many images as suit the caches at one point; few images go together at several points.
     """
     x = images[0]
+    forward = fast_layout(model, x)
     size = 32 if batch_size is None and x.device.type == "cpu" else images_at_once(x, batch_size)
     together = max(1, size // len(x))
     firsts = range(0, len(points), together)
@@ -239,7 +240,7 @@ def _gradients_at(model, points, target, batch_size, name, *images):
             for first in firsts:
                 group = points[first : first + together]
                 batch = torch.cat([point(*arguments) for point in group])
-                grads = gradient(model, batch, target[part].repeat(len(group)))
+                grads = gradient(forward, batch, target[part].repeat(len(group)))
                 yield from ((part, first + i, grad) for i, grad in enumerate(grads.chunk(len(group))))
                 bar.update()
 
