@@ -9,7 +9,7 @@ from pathlib import Path
 
 from docutils import nodes
 from myst_nb.sphinx_ import NbMetadataCollector
-from pages import find, link, table
+from pages import find, holding, link, table
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 
@@ -63,18 +63,9 @@ class FillChapterMap(SphinxPostTransform):
         ]
 
 
-def rebuild(app, env):
-    """The table's page is written anew in every build: the chapters may have run again."""
-    return [
-        name
-        for name in env.found_docs
-        if any(True for _ in env.get_doctree(name).findall(ChapterMap))
-    ]
-
-
 def setup(app):
     app.add_node(ChapterMap)
     app.add_directive("chapter-map", ChapterMapDirective)
-    app.connect("env-updated", rebuild)
+    app.connect("env-updated", lambda app, env: holding(env, ChapterMap))
     app.add_post_transform(FillChapterMap)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 
 from docutils import nodes
 from myst_nb.sphinx_ import NbMetadataCollector
-from pages import link, table
+from pages import holding, link, table
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
 
@@ -72,18 +72,9 @@ class FillChapterStatus(SphinxPostTransform):
             place.replace_self(table(HEADINGS, rows))
 
 
-def rebuild_status_pages(app, env):
-    """The table's page is written anew in every build."""
-    return [
-        name
-        for name in env.found_docs
-        if any(True for _ in env.get_doctree(name).findall(ChapterStatus))
-    ]
-
-
 def setup(app):
     app.add_node(ChapterStatus)
     app.add_directive("chapter-status", ChapterStatusDirective)
-    app.connect("env-updated", rebuild_status_pages)
+    app.connect("env-updated", lambda app, env: holding(env, ChapterStatus))
     app.add_post_transform(FillChapterStatus)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

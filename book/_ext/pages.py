@@ -18,6 +18,11 @@ def link(app, page, text, anchor=""):
     return nodes.reference("", text, refuri=address + anchor, internal=True)
 
 
+def holding(env, node):
+    """The pages with such a node, to be written anew in every build: the chapters may have run again."""
+    return [name for name in env.found_docs if any(env.get_doctree(name).findall(node))]
+
+
 def table(headings, rows):
     """A table node; a cell is a text or an inline node."""
 

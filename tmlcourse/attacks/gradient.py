@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import checks, kernels, progress
+from .. import checks, kernels, progress, randomness
 from ..kernels import graphs
 from ..kernels.dispatch import on
 from .layout import fast_layout, images_at_once
@@ -88,7 +88,7 @@ def pgd(
         checks.labels(target, x, "target")
     attacker = objective(loss, target)
     batch_size = images_at_once(x, batch_size)
-    generator = None if seed is None else torch.Generator(x.device).manual_seed(seed)
+    generator = randomness.generator(seed, x.device)
     alphas = [alpha * (1.0 if schedule is None else schedule(t / steps)) for t in range(steps)]
 
     x = x.detach()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 
 LOSSES = ("logistic", "softmax", "squared")
 SOLVERS = ("exact", "cg", "lissa")
@@ -409,7 +409,7 @@ def _conjugate_gradients(model: Regression, G: Tensor, steps: int, tol: float = 
 def _lissa(model: Regression, G: Tensor, steps: int, batch: int, seed) -> Tensor:
     """V <- V + (G - (n H_batch) V) / scale; the mean of the last third, which quietens the noise of the batches."""
     X, S, n = model.X, _derivatives(model)[1], len(model.X)
-    generator = None if seed is None else torch.Generator().manual_seed(checks.positive_int(seed, "seed", least=0))
+    generator = randomness.generator(seed)
     v = torch.randn(G[:1].shape, generator=torch.Generator().manual_seed(0), dtype=G.dtype).to(G)
     for _ in range(20):  # the largest eigenvalue of n H, by the power method
         v = _product(model, v / v.norm(), S, X)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..intervals import clopper_pearson
 from .common import selected, targets
 
@@ -107,7 +107,7 @@ def lime(
     every = 2**count <= n
     if not every and n <= count:
         raise ValueError(f"n: got {n}, want more than {count}, the number of superpixels")
-    z = _coalitions(count) if every else torch.rand(n, count, generator=_generator(seed)) < 0.5
+    z = _coalitions(count) if every else torch.rand(n, count, generator=randomness.generator(seed)) < 0.5
     if not every:
         z[0] = True  # the image itself
     z = z.to(x.device)
@@ -186,7 +186,7 @@ def lime_table(
     checks.positive_int(n, "n", least=2)
     width = 0.75 * len(x) ** 0.5 if width is None else checks.positive(width, "width")
     checks.nonnegative(ridge, "ridge")
-    generator = _generator(seed)
+    generator = randomness.generator(seed)
     rows = neighbours(x, background, kind=kind, n=n, generator=generator)
     if kind == "quartiles":
         edges = background.double().quantile(torch.tensor([0.25, 0.5, 0.75]).double(), dim=0)
@@ -240,7 +240,7 @@ def shapley(value: Game, players: int, *, n: int | None = None, seed: int | None
     """
     players = checks.positive_int(players, "players")
     if n is not None:
-        orders = torch.rand(checks.positive_int(n, "n"), players, generator=_generator(seed)).argsort(1)
+        orders = torch.rand(checks.positive_int(n, "n"), players, generator=randomness.generator(seed)).argsort(1)
         place = orders.argsort(1)
         coalitions = place[:, None] < torch.arange(players + 1)[:, None]  # (n, M + 1, M): the first k of each order
         v = _worths(value, coalitions.flatten(0, 1)).view(len(orders), players + 1)
@@ -273,7 +273,7 @@ def kernel_shap(value: Game, players: int, *, n: int | None = None, seed: int | 
         ways = torch.tensor([math.comb(players, k) for k in range(players + 1)], dtype=torch.float64)[z.sum(1)]
         pi = (players - 1) / (ways * s * (players - s))
     else:
-        generator = _generator(seed)
+        generator = randomness.generator(seed)
         odds = 1 / (sizes * (players - sizes)).double()
         s = sizes[torch.multinomial(odds, checks.positive_int(n, "n"), replacement=True, generator=generator)]
         z = torch.rand(n, players, generator=generator).argsort(1).argsort(1) < s[:, None]
@@ -366,7 +366,7 @@ def anchor(
     checks.probability(tau, "tau")
     checks.positive_int(most, "most")
     checks.positive_int(n, "n")
-    generator, d = _generator(seed), len(x)
+    generator, d = randomness.generator(seed), len(x)
     edges = background.double().quantile(torch.tensor([0.25, 0.5, 0.75]).double(), dim=0)
     alike = _bins(background.double(), edges) == _bins(x[None].double(), edges)  # (m, d)
     pool = [torch.cat([background[alike[:, j], j], x[j : j + 1]]) for j in range(d)]
@@ -411,10 +411,6 @@ def _worths(value: Game, coalitions: Tensor) -> Tensor:
             raise ValueError(f"value: got {got} (or numbers that are not finite), want ({len(chunk)},) finite numbers")
         parts.append(v.detach().double().cpu())
     return torch.cat(parts)
-
-
-def _generator(seed):
-    return None if seed is None else torch.Generator().manual_seed(checks.positive_int(seed, "seed", least=0))
 
 
 def _four(x: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 
 KINDS = ("classification", "regression")
 MEASURES = ("entropy", "variance")
@@ -106,11 +106,8 @@ def _dropout(model, x: Tensor, samples: int, seed) -> Iterator[Tensor]:
         raise ValueError(
             "model: got no dropout layer in it, want one with dropout, or a list of networks (an ensemble)"
         )
-    seed = None if seed is None else checks.positive_int(seed, "seed", least=0)
     outputs = []  # kept until the end, so that whoever reads them sees the model as it was
-    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=seed is not None), _on(layers):
-        if seed is not None:
-            torch.manual_seed(seed)
+    with torch.no_grad(), randomness.seeded(seed, x.device), _on(layers):
         for _ in progress.bar(range(samples), desc="dropout samples"):
             outputs.append(model(x))
     return iter(outputs)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, progress
+from .. import checks, progress, randomness
 from ..kernels import clip_and_sum, squared_norms, weighted_sum
 from ..kernels.clipping import scale as scale_of
 from ..training import accuracy, constant
@@ -316,11 +316,9 @@ def dp_sgd(
     rows, mode = [], model.training
     began = time.perf_counter()
     with (
-        torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None),
+        randomness.seeded(seed, device),
         progress.bar(total=steps, desc="DP-SGD", unit="step") as bar,
     ):
-        if seed is not None:
-            torch.manual_seed(seed)
         try:
             _check_alone(model.eval(), data.x[:3].to(device), data.y[:3].to(device), loss)
             model.train()
