@@ -1,27 +1,30 @@
 """Certificates, side by side with what a reader would write first: time of bounds, of exact programs, and what they decide.
 
     python3 course.py bench benchmarks/certify.py [--images 256] [--rounds 5] [--threads 1] [--programs 20] [--limit 60]
+        [--decide 1000] [--bounds-off]
 
 Bounds: CROWN against the dense reference (every row of every layer, all images at once), intervals against two matrix
 products a layer, each as the median ratio over rounds taken in turn. Programs: `verify` against the textbook program
-(interval bounds, every neuron a binary variable, one program a rival, PuLP's CBC) on the same images.
+(interval bounds, every neuron a binary variable, one program a rival, PuLP's CBC) on the same images; where that one stops at
+its limit, the ratio is a lower bound. `--decide N`: the exact error of the network that ships with the course, on N images.
 """
 
-import argparse
 import functools
-import importlib.util
-import platform
-import statistics
+import sys
 import time
 
 import numpy as np
 import pulp
+import timing
 import torch
 
 from tmlcourse import data, models, pretrained, training
 from tmlcourse.certify import margins, verify
 from tmlcourse.certify.bounds import ball
 from tmlcourse.threat import Linf
+
+LIRPA = 24.0  # ms an image that auto_LiRPA took for CROWN on such networks; its release asks for an old torch
+CERTIFIED = "mnist-certified"
 
 
 def linears(model):
@@ -146,86 +149,106 @@ def marabou(model, x, y, eps, limit):
     return verdict
 
 
-def in_turn(contestants, rounds):
-    """Median seconds and median ratio to the first contestant, over rounds in which each runs once."""
-    seconds = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        for name, contestant in contestants.items():
-            began = time.perf_counter()
-            contestant()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    first = next(iter(seconds.values()))
-    for name, own in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(own, first, strict=True))
-        print(f"  {name:34} {1000 * statistics.median(own):9.1f} ms   {ratio:6.2f}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--programs", type=int, default=20)
-    parser.add_argument("--limit", type=float, default=60.0)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    train, test = (data.load("mnist", split, fallback="digits") for split in ("train", "test"))
+def bounds(train, test, options):
+    """The bars of CROWN, of intervals, and of memory."""
     x, y = test.x[: options.images], test.y[: options.images]
-    print(f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}; "
-          f"{len(x)} images of {test.name}")  # fmt: skip
-
-    def trained(hidden, eps):
-        model = models.mlp(tuple(x.shape[1:]), hidden=hidden, seed=0)
-        loss = training.adversarial(Linf(eps), training.single_step, alpha=1.25 * eps)
-        training.fit(model, train, epochs=3, loss=loss, seed=0)
-        return model
-
-    model = trained((200, 200), 0.02)
-    for kind, net in (("adversarially trained", model), ("untrained", models.mlp(tuple(x.shape[1:]), seed=0))):
-        print(f"MLP 200-200, eps .02, {kind}")
+    model, bars = trained(train, (200, 200), 0.02), []
+    for kind, net, bar in (
+        ("adversarially trained", model, 0.5),
+        ("untrained", models.mlp(test.shape, seed=0), 1.0),
+    ):
         assert torch.allclose(margins(net, x[:8], y[:8], 0.02), dense_crown(net, x[:8], y[:8], 0.02), atol=1e-2)
-        dense, ours = (functools.partial(f, net, x, y, 0.02) for f in (dense_crown, margins))
-        in_turn({"dense CROWN": dense, "tmlcourse crown": ours}, options.rounds)
-    floor, ours = functools.partial(two_products, model, x), functools.partial(margins, model, x, y, 0.02, method="ibp")
-    in_turn({"two products a layer": floor, "tmlcourse ibp": ours}, options.rounds)
+        calls = {"dense CROWN": dense_crown, "crown": margins}
+        race = timing.in_turn({n: functools.partial(f, net, x, y, 0.02) for n, f in calls.items()}, options.rounds)
+        print(f"\nMLP 200-200, eps .02, {kind}\n{race.table('dense CROWN')}", flush=True)
+        ratio = race.ratio("crown", "dense CROWN")
+        bars.append(timing.at_most(4, f"CROWN to the dense one, {kind} MLP", ratio, bar, peer="plain PyTorch"))
+    calls = {"two products": functools.partial(two_products, model, x),
+             "ibp": functools.partial(margins, model, x, y, 0.02, method="ibp")}  # fmt: skip
+    race = timing.in_turn(calls, 9 * options.rounds, warm_up=9)
+    print(f"\nintervals\n{race.table('two products')}", flush=True)
+    ratio = race.ratio("ibp", "two products")
+    bars.append(timing.at_most(4, "intervals to two products a layer", ratio, 1.1, peer="plain PyTorch"))
     for name, eps in (("fast-at-mnist-0.3", 0.02), ("wong-kolter-mnist-0.1", 0.1)):
         try:
             net = pretrained.load(name)
         except FileNotFoundError as error:
-            print(f"{name}: not here ({error})")
-            continue
-        some = x[:64], y[:64]
-        print(f"{name}, eps {eps}, {len(some[0])} images")
-        in_turn({"tmlcourse crown": lambda n=net, e=eps, s=some: margins(n, *s, e)}, options.rounds)
-    if options.programs:
-        net = trained((100, 100), 0.1)
-        some = x[: options.programs], y[: options.programs]
-        print(
-            f"exact, MLP 100-100 trained adversarially at eps .1, {options.programs} images, {options.limit:g} s each"
-        )
-        began = time.perf_counter()
-        ours = [v.status for v in verify(net, *some, 0.1, time_limit=options.limit)]
-        mine = time.perf_counter() - began
-        print(f"  tmlcourse verify {mine:8.1f} s   " + ", ".join(f"{ours.count(s)} {s}" for s in sorted(set(ours))))
-        began = time.perf_counter()
-        book = [textbook(net, a, int(b), 0.1, options.limit) for a, b in zip(*some, strict=True)]
-        theirs = time.perf_counter() - began
-        print(f"  textbook, CBC    {theirs:8.1f} s   " + ", ".join(f"{book.count(s)} {s}" for s in sorted(set(book))))
-        assert all(a == b for a, b in zip(ours, book, strict=True) if "unknown" not in (a, b)), (ours, book)
-        print(f"  textbook / tmlcourse: {theirs / mine:.1f}")
-        if importlib.util.find_spec("maraboupy"):
-            few = [i for i in range(options.programs)][:5]
-            began = time.perf_counter()
-            peer = [marabou(net, x[i], int(y[i]), 0.1, options.limit) for i in few]
-            theirs = time.perf_counter() - began
-            print(
-                f"  Marabou          {theirs:8.1f} s   " + ", ".join(f"{peer.count(s)} {s}" for s in sorted(set(peer)))
+            bars.append(
+                timing.at_least(4, f"CROWN, {name}: {LIRPA} ms an image, to ours", None, 5.0, note=str(error)[:60])
             )
+            continue
+        race = timing.in_turn({"crown": functools.partial(margins, net, x[:64], y[:64], eps)}, options.rounds)
+        each = 1000 * race.median("crown") / len(x[:64])
+        print(f"\n{name}, eps {eps}: {each:.2f} ms an image", flush=True)
+        bars.append(timing.at_least(4, f"CROWN, {name}: {LIRPA} ms an image, to ours", LIRPA / each, 5.0,
+                                    peer="auto_LiRPA as measured once"))  # fmt: skip
+    net, many = pretrained.load(CERTIFIED), data.load("mnist", n=1000, fallback="digits")
+    held = timing.peak(lambda: margins(net, many.x, many.y, 0.1))
+    bars.append(timing.at_most(4, f"MiB of CROWN for {len(many)} images, {CERTIFIED}", held, 2048.0, peer=""))
+    return bars
+
+
+def programs(train, test, options):
+    """The bars of the exact program, on the wall: solvers have processes of their own."""
+    net, some = trained(train, (100, 100), 0.1), test[: options.programs]
+    print(
+        f"\nexact, MLP 100-100 trained adversarially at eps .1, {len(some)} images, {options.limit:g} s each",
+        flush=True,
+    )
+    began = time.perf_counter()
+    ours = [v.status for v in verify(net, some.x, some.y, 0.1, time_limit=options.limit)]
+    mine = time.perf_counter() - began
+    print(f"  ours     {mine:8.1f} s   {counts(ours)}", flush=True)
+    bars = [timing.at_most(4, f"exact program: open of {len(some)} images", ours.count("unknown"), 0)]
+    for name, solve, images, least in (("CBC", textbook, some, 20.0), ("maraboupy", marabou, some[:5], 1.0)):
+        says, answers, began = f"exact program: {name}'s time to ours, at least", [], time.perf_counter()
+        if name == "maraboupy" and not timing.installed(name):
+            bars.append(timing.at_least(4, says, None, least))
+            continue
+        answers = [solve(net, a, int(b), 0.1, options.limit) for a, b in zip(images.x, images.y, strict=True)]
+        theirs, same = time.perf_counter() - began, mine
+        assert all(a == b for a, b in zip(ours, answers, strict=False) if "unknown" not in (a, b)), (ours, answers)
+        if len(images) < len(some):
             began = time.perf_counter()
-            verify(net, x[few], y[few], 0.1, time_limit=options.limit)
-            print(f"  the same {len(few)} images, tmlcourse: {time.perf_counter() - began:.1f} s")
-            assert all(a == b for a, b in zip(ours, peer, strict=False) if "unknown" not in (a, b)), (ours, peer)
+            verify(net, images.x, images.y, 0.1, time_limit=options.limit)
+            same = time.perf_counter() - began
+        print(f"  {name:9}{theirs:8.1f} s   {counts(answers)} (ours for these {same:.1f} s)", flush=True)
+        peer = f"CBC, PuLP {pulp.__version__}" if name == "CBC" else timing.version(name)
+        bars.append(timing.at_least(4, says, theirs / same, least, peer=peer))
+    return bars
+
+
+def exact_error(options):
+    """The first images all decided, in time in proportion to 15 minutes for 1,000, on the cores that are there."""
+    test, began = data.load("mnist", n=options.decide), time.perf_counter()
+    verdicts = verify(pretrained.load(CERTIFIED), test.x, test.y, 0.1, n_jobs=2)
+    seconds, answers = time.perf_counter() - began, [v.status for v in verdicts]
+    print(f"\n{CERTIFIED}, eps .1, {len(test)} images in {seconds:.0f} s: {counts(answers)}", flush=True)
+    return [timing.at_most(4, f"exact error: open of {len(test)} images", answers.count("unknown"), 0),
+            timing.at_most(4, f"exact error: minutes for {len(test)} images", seconds / 60, 0.015 * len(test))]  # fmt: skip
+
+
+def counts(answers):
+    return ", ".join(f"{answers.count(s)} {s}" for s in sorted(set(answers)))
+
+
+def trained(train, hidden, eps):
+    model = models.mlp(train.shape, hidden=hidden, seed=0)
+    loss = training.adversarial(Linf(eps), training.single_step, alpha=1.25 * eps)
+    training.fit(model, train, epochs=3, loss=loss, seed=0)
+    return model
+
+
+def main():
+    options = timing.start(__doc__, images=256, rounds=5, programs=20, limit=60.0, decide=0, bounds_off=False)
+    train, test = (data.load("mnist", split, fallback="digits") for split in ("train", "test"))
+    timing.headline(f"{options.images} images of {test.name}")
+    bars = [] if options.bounds_off else bounds(train, test, options)
+    if options.programs:
+        bars += programs(train, test, options)
+    if options.decide:
+        bars += exact_error(options)
+    sys.exit(timing.verdict(bars))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,9 @@ Both contestants filter the same images in turn, round after round; medians are 
 counterpart there: it is compared with drawing one index after the other, as its paper writes it.
 """
 
-import argparse
-import platform
-import statistics
-import time
+from functools import partial
 
-import pandas as pd
+import timing
 import torch
 
 from tmlcourse import data
@@ -42,42 +39,20 @@ def one_by_one(layer):
     return prune
 
 
-def milliseconds(contestants, x, rounds):
-    times = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            began = time.perf_counter()
-            run(x)
-            times[name].append(1e3 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = timing.start(__doc__, images=100, rounds=7)
     test = data.load("mnist", n=options.images, fallback="digits")
     x, active = test.x, torch.rand(64, 4096, generator=torch.Generator().manual_seed(0))
-    print(
-        f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}, {test.name}"
-    )
-    rows = []
+    timing.headline(f"{len(x)} images of {test.name}, {options.rounds} rounds after one warm-up")
     for layer in (BitDepth(1), MedianFilter(2), MedianFilter(3), Thermometer(16)):
-        peer = art(layer)
-        ours, theirs = layer(x), peer(x)
+        race = timing.in_turn({"ours": partial(layer, x), "art": partial(art(layer), x)}, options.rounds)
+        mine, theirs = race.answers["ours"], race.answers["art"]
         if isinstance(layer, Thermometer):  # their first lamp is always lit, our last one never
-            ours, theirs = ours[:, :-1], theirs[:, 1:]
-        difference = (ours - theirs).abs().max().item()
-        spent = milliseconds({"ours": layer, "peer": peer}, x, options.rounds)
-        rows.append({"layer": str(layer), "against": "ART", **spent, "largest difference": difference})
+            mine, theirs = mine[:, :-1], theirs[:, 1:]
+        print(f"\n{layer}, largest difference {(mine - theirs).abs().max().item():.2g}\n{race.table('ours')}")
     layer = ActivationPruning(1.0)
-    spent = milliseconds({"ours": layer, "peer": one_by_one(layer)}, active, options.rounds)
-    rows.append({"layer": str(layer), "against": "one by one", **spent, "largest difference": float("nan")})
-    table = pd.DataFrame(rows).rename(columns={"ours": "ours (ms)", "peer": "peer (ms)"})
-    print(table.to_string(index=False, float_format="{:.4g}".format))
+    race = timing.in_turn({"ours": partial(layer, active), "plain": partial(one_by_one(layer), active)}, options.rounds)
+    print(f"\n{layer}\n{race.table('ours')}")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,12 @@ round; the table gives the median seconds, the median of each round's ratio to t
 needs at its peak, measured in a process of its own (Linux).
 """
 
-import argparse
 import functools
-import importlib.util
-import platform
-import statistics
 import subprocess
 import sys
-import time
 import warnings
-from pathlib import Path
 
-import pandas as pd
+import timing
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -91,7 +85,7 @@ def opacus(x, y, mode):
 
 def contestants():
     found = {"plain SGD": plain, "tmlcourse books": ours, "tmlcourse vmap": functools.partial(ours, method="vmap")}
-    if importlib.util.find_spec("opacus"):
+    if timing.installed("opacus"):
         found |= {f"opacus {mode}": functools.partial(opacus, mode=mode) for mode in OPACUS}
     return found
 
@@ -114,49 +108,33 @@ def measure(name, size):
     warm = contestants()[name](*batch(8, "cpu"))
     warm()
     step = contestants()[name](*batch(size, "cpu"))
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = kilobytes("VmRSS")
-    for _ in range(3):
-        step()
-    print((kilobytes("VmHWM") - before) / 1024)
-
-
-def kilobytes(entry):
-    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(entry))
+    print(timing.peak(lambda: [step() for _ in range(3)]))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{platform.processor() or platform.machine()}, {device}, {options.threads} threads, torch {torch.__version__}; "
-          f"{options.rounds} rounds after one warm-up")  # fmt: skip
+    options = timing.start(__doc__, batches=[256, 1024], rounds=9)
+    timing.headline(f"{options.rounds} rounds after one warm-up")
+    ours, bars = "tmlcourse books", []
     for size in options.batches:
-        steps = {name: make(*batch(size, device)) for name, make in contestants().items()}
-        seconds = {name: [] for name in steps}
-        for number in range(options.rounds + 1):
-            for name, step in steps.items():
-                began, cpu = time.perf_counter(), time.thread_time()
-                step()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                wall, cpu = time.perf_counter() - began, time.thread_time() - cpu
-                if number:
-                    seconds[name].append(
-                        cpu if device.type == "cpu" and options.threads == 1 else wall
-                    )  # others may be working, too
-        rows = []
-        for name, spent in seconds.items():
-            ratio = statistics.median(a / b for a, b in zip(spent, seconds["plain SGD"], strict=True))
-            memory = peak(name, size) if device.type == "cpu" and sys.platform == "linux" else float("nan")
-            rows.append((name, 1000 * statistics.median(spent), ratio, memory))
-        table = pd.DataFrame(rows, columns=["contestant", "ms", "ratio to plain", "peak MiB"])
-        print(f"\nbatch {size}\n{table.to_string(index=False, float_format='{:.2f}'.format)}")
+        race = timing.in_turn(
+            {n: make(*batch(size, timing.DEVICE)) for n, make in contestants().items()}, options.rounds
+        )
+        measurable = timing.DEVICE.type == "cpu" and sys.platform == "linux"
+        memory = {name: peak(name, size) for name in race.seconds} if measurable else {}
+        print(f"\nbatch {size}\n{race.table('plain SGD', **{'peak MiB': memory})}", flush=True)
+        peers = [name for name in race.seconds if name.startswith("opacus")]
+        fastest, ratio = race.fastest(peers, ours)
+        if size <= 256:
+            over = race.ratio(ours, "plain SGD")
+            bars.append(timing.at_most(10, f"DP-SGD step to a plain one, batch {size}", over, 1.5, peer="plain SGD"))
+        else:
+            says = f"DP-SGD: fastest of Opacus to ours, batch {size}"
+            bars.append(timing.at_least(10, says, ratio, 1.0, peer=timing.version(fastest)))
+        least = min(peers, key=memory.get, default="") if measurable else ""
+        share = memory[ours] / memory[least] if least else None
+        says = f"DP-SGD: memory to the least of Opacus, batch {size}"
+        bars.append(timing.at_most(10, says, share, 1.0, peer=timing.version(least)))
+    sys.exit(timing.verdict(bars))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,11 @@ images of the same robust network in turn, round after round, and the table give
 attacks of AutoAttack also run, ours and torchattacks', on N images, compared image by image (many minutes on a CPU).
 """
 
-import argparse
 import functools
-import importlib.util
-import platform
-import statistics
+import sys
 import time
-import warnings
 
-import pandas as pd
+import timing
 import torch
 
 from tmlcourse import data, pretrained
@@ -55,16 +51,11 @@ def torchattacks(model, x, y, threat, loss):
 @in_batches
 def art(model, x, y, threat, loss):
     from art.attacks.evasion import AutoProjectedGradientDescent
-    from art.estimators.classification import PyTorchClassifier
 
-    classifier = PyTorchClassifier(
-        model, loss=torch.nn.CrossEntropyLoss(), input_shape=tuple(x.shape[1:]), nb_classes=10, clip_values=(0, 1),
-        device_type="cpu" if x.device.type == "cpu" else "gpu",
-    )  # fmt: skip
     named = {"cross_entropy": "cross_entropy", "dlr": "difference_logits_ratio"}[loss]
     attack = AutoProjectedGradientDescent(
-        classifier, norm="inf" if isinstance(threat, Linf) else 2, eps=threat.eps, eps_step=2 * threat.eps,
-        max_iter=STEPS, nb_random_init=1, batch_size=BATCH, loss_type=named, verbose=False,
+        timing.art_classifier(model, x), norm="inf" if isinstance(threat, Linf) else 2, eps=threat.eps,
+        eps_step=2 * threat.eps, max_iter=STEPS, nb_random_init=1, batch_size=BATCH, loss_type=named, verbose=False,
     )  # fmt: skip
     return torch.from_numpy(attack.generate(x.cpu().numpy(), y.cpu().numpy())).to(x.device)
 
@@ -90,48 +81,28 @@ def ensembles(model, x, y, threat):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--ensemble", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    test = data.load("mnist", fallback="digits")[: max(options.images, options.ensemble)].to(device)
+    options = timing.start(__doc__, images=100, rounds=3, ensemble=0)
+    test = data.load("mnist", fallback="digits")[: max(options.images, options.ensemble)].to(timing.DEVICE)
     name = f"{test.name}-robust"
-    model, eps = pretrained.load(name, device=device), pretrained.manifest()[name]["eps"]
-    peers = {f.__name__: f for f in (torchattacks, art) if importlib.util.find_spec(f.__name__)}
-    contestants = {"tmlcourse": ours, "tmlcourse, stop_early": ours_stopping, **peers}
-    print(f"{platform.processor() or platform.machine()}, {device}, {options.threads} threads, torch {torch.__version__}; "
-          f"{options.images} images, {name}, {options.rounds} rounds after one warm-up")  # fmt: skip
+    model, eps = pretrained.load(name, device=timing.DEVICE), pretrained.manifest()[name]["eps"]
+    peers, bars = timing.present(torchattacks, art), []
+    contestants = {"ours": ours, "ours, stop_early": ours_stopping, **peers}
+    timing.headline(f"{options.images} images, {name}, {options.rounds} rounds after one warm-up")
     some = test[: options.images]
     for threat in (Linf(eps), L2(2.0)):
         for loss in ("cross_entropy", "dlr"):
-            seconds, left = {n: [] for n in contestants}, {}
-            for number in range(options.rounds + 1):
-                for contestant, attack in contestants.items():
-                    began = time.perf_counter()
-                    answer = attack(model, some.x.clone(), some.y, threat, loss)
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                    if number:
-                        seconds[contestant].append(time.perf_counter() - began)
-                    left[contestant] = standing(model, answer, some.y).float().mean().item()
-            ratio = {
-                n: statistics.median(a / b for a, b in zip(s, seconds["tmlcourse"], strict=True))
-                for n, s in seconds.items()
-            }
-            times = {n: statistics.median(s) for n, s in seconds.items()}
-            table = pd.DataFrame({"seconds": times, "time / ours": ratio, "standing": left})
-            print(f"\n{threat}, {loss}\n{table.round(3)}", flush=True)
+            case = model, some.x.clone(), some.y, threat, loss
+            race = timing.in_turn({n: functools.partial(f, *case) for n, f in contestants.items()}, options.rounds)
+            left = {n: standing(model, a, some.y).double().mean().item() for n, a in race.answers.items()}
+            print(f"\n{threat}, {loss}\n{race.table('ours', standing=left)}", flush=True)
+            bars += timing.strength(3, f"Auto-PGD {loss}, {threat}", race, peers, left, slack=0.02)
     if options.ensemble and "torchattacks" in peers:
         some = test[: options.ensemble]
         mine, theirs, seconds = ensembles(model, some.x, some.y, Linf(eps))
         print(f"\nensemble on {len(some)} images: ours {int(mine.standing.sum())} stand, {seconds[0]:.0f} s; torchattacks "
               f"{int(theirs.sum())} in {seconds[1]:.0f} s; only ours stands on {int((mine.standing & ~theirs).sum())}, "
               f"only theirs on {int((theirs & ~mine.standing).sum())}")  # fmt: skip
+    sys.exit(timing.verdict(bars))
 
 
 if __name__ == "__main__":

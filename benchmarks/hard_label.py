@@ -7,19 +7,13 @@ nearest image by other walks, and are given as many steps as the budget allows. 
 are taken over the images that everyone broke; times are medians over the rounds, in which the contestants take turns.
 """
 
-import argparse
 import functools
-import importlib.util
-import platform
-import statistics
-import time
-import warnings
+import sys
 
 import numpy as np
-import pandas as pd
+import timing
 import torch
-from black_box import Counted
-from torch import nn
+from timing import Counted
 
 from tmlcourse import data, pretrained
 from tmlcourse.attacks import opt_attack, sign_opt
@@ -29,17 +23,12 @@ def ours(attack):
     return lambda net, x, y, queries: attack(net, x, y, queries=queries, seed=0)
 
 
-def _art(net, x):
-    from art.estimators.classification import PyTorchClassifier
-
-    return PyTorchClassifier(net, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, clip_values=(0, 1),
-                             device_type="cpu" if x.device.type == "cpu" else "gpu")  # fmt: skip
-
-
 def art_sign_opt(net, x, y, queries):
     from art.attacks.evasion import SignOPTAttack
 
-    attack = SignOPTAttack(_art(net, x), targeted=False, query_limit=queries, num_trial=20, k=50, verbose=False)
+    attack = SignOPTAttack(
+        timing.art_classifier(net, x), targeted=False, query_limit=queries, num_trial=20, k=50, verbose=False
+    )
     return torch.from_numpy(attack.generate(x.cpu().numpy(), np.eye(10)[y.cpu()])).to(x)
 
 
@@ -48,7 +37,9 @@ def art_hop_skip_jump(net, x, y, queries):
     from art.attacks.evasion import HopSkipJump
 
     steps = max(1, int((queries / 150) ** 0.75))
-    attack = HopSkipJump(_art(net, x), max_iter=steps, max_eval=1000, init_eval=100, init_size=20, verbose=False)
+    attack = HopSkipJump(
+        timing.art_classifier(net, x), max_iter=steps, max_eval=1000, init_eval=100, init_size=20, verbose=False
+    )
     return torch.from_numpy(attack.generate(x.cpu().numpy())).to(x)
 
 
@@ -75,55 +66,45 @@ def foolbox_hop_skip_jump(net, x, y, queries):
     return _foolbox(attack, net, x, y)
 
 
+def counted(attack, net, x, y, queries):
+    """(what the attack made, queries that an image cost)."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    door = Counted(net).eval()
+    return attack(door, x.clone(), y, queries).detach(), door.rows / len(x)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=10)
-    parser.add_argument("--queries", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    test = data.load("mnist", fallback="digits").to(device)
-    net = pretrained.load(f"{test.name}-standard", device=device)
+    options = timing.start(__doc__, images=10, queries=2000, rounds=1)
+    test = data.load("mnist", fallback="digits").to(timing.DEVICE)
+    net = pretrained.load(f"{test.name}-standard", device=timing.DEVICE)
     with torch.no_grad():
         right = (net(test.x[:1000]).argmax(1) == test.y[:1000]).nonzero().flatten()[: options.images]
     x, y = test.x[right], test.y[right]
-    print(f"{platform.processor() or platform.machine()}, {device}, {options.threads} threads, torch {torch.__version__}; "
-          f"{len(x)} images of {test.name}, {options.queries} queries each")  # fmt: skip
-    contestants = {"tmlcourse sign_opt": ours(sign_opt), "tmlcourse opt_attack": ours(opt_attack)}
-    contestants |= {"tmlcourse sign_opt, q=20": ours(functools.partial(sign_opt, q=20))}
-    for peer in (art_sign_opt, art_hop_skip_jump, foolbox_boundary, foolbox_hop_skip_jump):
-        if importlib.util.find_spec(peer.__name__.split("_")[0]):
-            contestants[peer.__name__.replace("_", " ", 1)] = peer
-    seconds, spent, length = {name: [] for name in contestants}, {}, {}
-    for _ in range(options.rounds):
-        for name, attack in contestants.items():
-            torch.manual_seed(0)
-            np.random.seed(0)
-            counted = Counted(net).eval()
-            began = time.perf_counter()
-            x_adv = attack(counted, x.clone(), y, options.queries).detach()
-            seconds[name].append(time.perf_counter() - began)
-            spent[name] = counted.rows / len(x)
-            with torch.no_grad():
-                fooled = net(x_adv).argmax(1) != y
-            length[name] = torch.where(fooled, (x_adv - x).flatten(1).norm(dim=1), torch.inf)
-    everyone = torch.stack([torch.isfinite(v) for v in length.values()]).all(0)
-    rows = [
-        {
-            "attack": name,
-            "fooled": torch.isfinite(length[name]).float().mean().item(),
-            "mean L2": length[name][everyone].mean().item(),
-            "median L2": length[name][everyone].median().item(),
-            "queries an image": spent[name],
-            "seconds": statistics.median(seconds[name]),
-            "microseconds a query": 1e6 * statistics.median(seconds[name]) / (spent[name] * len(x)),
-        }
-        for name in contestants
-    ]
-    print(pd.DataFrame(rows).round(3).to_string(index=False))
+    timing.headline(f"{len(x)} images of {test.name}, {options.queries} queries each")
+    peers = timing.present(art_sign_opt, art_hop_skip_jump, foolbox_boundary, foolbox_hop_skip_jump)
+    contestants = {"ours": ours(sign_opt), "ours, q=20": ours(functools.partial(sign_opt, q=20)),
+                   "ours, opt_attack": ours(opt_attack), **peers}  # fmt: skip
+    calls = {n: functools.partial(counted, attack, net, x, y, options.queries) for n, attack in contestants.items()}
+    race = timing.in_turn(calls, options.rounds, warm_up=0)
+    spent = {name: queries for name, (_, queries) in race.answers.items()}
+    with torch.no_grad():
+        fell = {name: net(x_adv).argmax(1) != y for name, (x_adv, _) in race.answers.items()}
+    length = {name: (x_adv - x).flatten(1).norm(dim=1).double() for name, (x_adv, _) in race.answers.items()}
+    everyone = torch.stack(list(fell.values())).all(0)
+    mean = {name: values[everyone].mean().item() for name, values in length.items()}
+    fooled = {n: f.double().mean().item() for n, f in fell.items()}
+    table = race.table(
+        "ours",
+        fooled=fooled,
+        **{"mean L2": mean, "median L2": {n: v[everyone].median().item() for n, v in length.items()}},
+        **{"queries an image": spent, "microseconds a query": {
+            n: 1e6 * race.median(n) / (q * len(x)) for n, q in spent.items()}},
+    )  # fmt: skip
+    print(table.to_string())
+    loss = {n: mean[n] if fooled[n] >= fooled["ours"] else torch.inf for n in contestants}
+    bars = timing.strength(3, "Sign-OPT, mean L2", race, peers, loss, slack=0.02 * mean["ours"])
+    sys.exit(timing.verdict(bars))
 
 
 if __name__ == "__main__":

@@ -8,16 +8,13 @@ weights as a network of one layer. Each is timed once after a warm-up on a small
 least 16 times as fast as Captum's, and its removals correlate with training again by .999; the exit status says so.
 """
 
-import argparse
-import importlib.util
-import platform
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pandas as pd
+import timing
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -50,14 +47,14 @@ def captum_influence(model, X, y, x_test, y_test):
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "checkpoint.pt")
         torch.save(net.state_dict(), path)
-        began = time.perf_counter()
+        began = timing.clock()()
         theirs = NaiveInfluenceFunction(
             net, TensorDataset(X, (y == 7).double()), path, checkpoints_load_func=load, batch_size=500,
             loss_fn=nn.BCEWithLogitsLoss(reduction="sum"), sample_wise_grads_per_batch=True,
             projection_dim=model.theta.numel(), hessian_reg=LAM * len(X), show_progress=False,
         )  # fmt: skip
         score = theirs.influence((x_test, (y_test == 7).double()))
-        return -score.detach(), time.perf_counter() - began
+        return -score.detach(), timing.clock()() - began
 
 
 def pearson(a, b):
@@ -69,30 +66,22 @@ def timed(function, *arguments, rounds=3, **options):
     seconds = []
     for _ in range(rounds):
         arguments[0].__dict__.pop("_kept", None)
-        began = time.perf_counter()
+        began = timing.clock()()
         answer = function(*arguments, **options)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(timing.clock()() - began)
     return answer, statistics.median(seconds)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, nargs="+", default=[1000])
-    parser.add_argument("--test", type=int, default=5)
-    parser.add_argument("--points", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--bar", type=float, default=BAR)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    peer = importlib.util.find_spec("captum") is not None
-    print(f"{platform.processor() or platform.machine()}, {options.threads} thread(s), torch {torch.__version__}")
+    options = timing.start(__doc__, images=[1000], test=5, points=20)
+    timing.headline(f"{options.test} predictions")
     (X, y), (x_test, y_test) = ones_and_sevens("train"), ones_and_sevens("test")
-    rows, good = [], True
+    rows, bars = [], []
     for count in options.images:
         images, labels = X[:count], y[:count]
-        began = time.perf_counter()
+        began = timing.clock()()
         model = regression(images, labels, lam=LAM)
-        rows.append((count, "training to the optimum", time.perf_counter() - began, float("nan")))
+        rows.append((count, "training to the optimum", timing.clock()() - began, float("nan")))
         hard = model.losses(x_test, y_test).topk(options.test).indices
         test = model, x_test[hard], y_test[hard]
         exact, fast = timed(influence, *test)
@@ -100,11 +89,12 @@ def main():
         for solver in ("cg", "lissa"):
             other, seconds = timed(influence, *test, solver=solver, seed=0)
             rows.append((count, f"ours, {solver}", seconds, pearson(other, exact)))
-        if peer:
+        slower, about = None, dict(note="captum is not installed")
+        if timing.installed("captum"):
             theirs, seconds = captum_influence(model, images, labels, x_test[hard], y_test[hard])
             rows.append((count, "Captum, naive", seconds, pearson(theirs, exact)))
-            print(f"{count} images: Captum takes {seconds / fast:.0f} times as long")
-            good &= seconds / fast >= options.bar
+            slower, about = seconds / fast, dict(peer=timing.version("captum"))
+        bars.append(timing.at_least(9, f"influence of {count} images: Captum's time to ours", slower, BAR, **about))
         points = exact[0].abs().topk(options.points).indices
         before = model.losses(x_test[hard[:1]], y_test[hard[:1]])
         actual = torch.cat(
@@ -112,16 +102,16 @@ def main():
         )
         found = [pearson(removal(*test, leverage=k)[0, points], actual) for k in (False, True)]
         print(f"{count} images: Pearson against training again {found[0]:.5f}, with leverage {found[1]:.5f}")
-        good &= found[1] >= 0.999
+        bars.append(
+            timing.at_least(9, f"influence of {count} images: correlation with training again", found[1], 0.999)
+        )
     print(
         pd.DataFrame(rows, columns=["images", "method", "seconds", "Pearson with exact"])
         .round(4)
         .to_string(index=False)
     )
-    if not peer:
-        print("captum is not installed: python -m pip install captum --no-deps")
-    return 0 if good else 1
+    sys.exit(timing.verdict(bars))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,17 +7,10 @@ batches that fit the caches; relevance propagation and occlusion with Captum. Th
 a ratio is the median over the rounds of two times of one round. Exit status 1 where a bar is missed.
 """
 
-import argparse
-import platform
-import statistics
 import sys
-import time
-import warnings
 
-import captum.attr as peer
-import pandas as pd
+import timing
 import torch
-from captum.attr._utils.lrp_rules import EpsilonRule
 from torch import nn
 
 from tmlcourse import data, pretrained
@@ -26,8 +19,6 @@ from tmlcourse.interpret.masks import occlusion
 from tmlcourse.interpret.relevance import lrp
 
 STEPS, BATCH, WINDOW, STRIDE = 50, 32, 5, 2
-BARS = [("integrated gradients", "the passes alone", 1.03, "at most"), ("LRP", "captum LRP", 2.0, "at least"),
-        ("occlusion", "captum occlusion", 2.5, "at least")]  # fmt: skip
 
 
 class WithoutFlatten(nn.Module):
@@ -45,6 +36,9 @@ class WithoutFlatten(nn.Module):
 
 
 def contestants(model, x, y):
+    import captum.attr as peer
+    from captum.attr._utils.lrp_rules import EpsilonRule
+
     def passes():
         for part, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
             for _ in range(STEPS):
@@ -74,42 +68,19 @@ def contestants(model, x, y):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    test = data.load("mnist", n=options.images, fallback="digits").to(device)
-    model = pretrained.load(f"{test.name}-standard", device=device)
-    print(f"{platform.processor() or platform.machine()}, {device}, {options.threads} threads, torch {torch.__version__}; "
-          f"{len(test)} images of {test.name}, {options.rounds} rounds after one warm-up")  # fmt: skip
-    steps = contestants(model, test.x, test.y)
-    seconds = {name: [] for name in steps}
-    for number in range(options.rounds + 1):
-        for name, step in steps.items():
-            began, cpu = time.perf_counter(), time.thread_time()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            wall, cpu = time.perf_counter() - began, time.thread_time() - cpu
-            if number:  # alone on a thread, its own time counts: others may be working, too
-                seconds[name].append(cpu if device.type == "cpu" and options.threads == 1 else wall)
-    median = {name: statistics.median(spent) for name, spent in seconds.items()}
-    table = pd.DataFrame({"ms": {name: 1000 * spent for name, spent in median.items()}})
-    print(table.to_string(float_format="{:.0f}".format))
-
-    missed = 0
-    for ours, theirs, bar, kind in BARS:
-        pair = (ours, theirs) if kind == "at most" else (theirs, ours)
-        ratio = statistics.median(a / b for a, b in zip(seconds[pair[0]], seconds[pair[1]], strict=True))
-        met = ratio <= bar if kind == "at most" else ratio >= bar
-        print(f"{pair[0]} / {pair[1]}: {ratio:.2f}, {kind} {bar}: {'met' if met else 'MISSED'}")
-        missed += not met
-    return int(missed > 0)
+    options = timing.start(__doc__, images=100, rounds=9)
+    test = data.load("mnist", n=options.images, fallback="digits").to(timing.DEVICE)
+    model = pretrained.load(f"{test.name}-standard", device=timing.DEVICE)
+    timing.headline(f"{len(test)} images of {test.name}, {options.rounds} rounds after one warm-up")
+    race = timing.in_turn(contestants(model, test.x, test.y), options.rounds)
+    print(race.table("the passes alone"))
+    over = race.ratio("integrated gradients", "the passes alone")
+    bars = [timing.at_most(9, "integrated gradients to its passes alone", over, 1.03, peer="bare loop")]
+    for name, bar in (("LRP", 2.0), ("occlusion", 2.5)):
+        faster = race.ratio(f"captum {name}", name)
+        bars.append(timing.at_least(9, f"{name}: Captum's time to ours", faster, bar, peer=timing.version("captum")))
+    sys.exit(timing.verdict(bars))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,18 +9,14 @@ beside the libraries that a user would pick instead. Leaves with status 1 where 
 Without a GPU: what the choice between kernel and reference costs on the CPU, where it should cost nothing.
 """
 
-import argparse
-import importlib.util
 import os
-import platform
 import statistics
 import sys
-import time
-import warnings
 from functools import partial
 
 import pandas as pd
 import pgd as contest  # benchmarks/pgd.py: one place says how each library is called
+import timing
 import torch
 
 from tmlcourse import attacks, data, kernels, pretrained
@@ -28,6 +24,7 @@ from tmlcourse.kernels import ascent, backsubstitution, clipping, interval, roof
 from tmlcourse.threat import L1, L2, Linf
 
 BANDWIDTH, FASTER = 0.8, 3.0  # bars of ascent_step and clip_and_sum: share of the copy bandwidth, times plain PyTorch
+NO_GPU = "needs a GPU"
 AGAINST_PEERS = {128: 3.0, 1024: 1.5}  # bars of the recorded attack, times as fast as the fastest peer
 
 
@@ -63,53 +60,43 @@ def cases(device):
 
 
 def on_gpu(rounds):
-    """The two tables; returns the bars that were missed."""
-    device, missed, rows = torch.device("cuda"), [], []
+    """The two tables and their bars."""
+    device, bars, rows = torch.device("cuda"), [], []
     copy = roofline.copy_bandwidth(device, megabytes=1024, rounds=rounds)
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy bandwidth {copy / 1e9:,.0f} GB/s; {rounds} rounds"
-    )
+    print(f"copy bandwidth {copy / 1e9:,.0f} GB/s")
     for name, (plain, kernel, needed, barred) in cases(device).items():
         slow, fast = (roofline.seconds(f, rounds=rounds, device=device) for f in (plain, kernel))
-        share, ratio = needed / fast / copy, slow / fast
-        rows.append((name, 1e3 * slow, 1e3 * fast, share, ratio))
-        missed += [f"{name}: {share:.2f} of the copy bandwidth"] if barred and share < BANDWIDTH else []
-        missed += [f"{name}: {ratio:.2f} times plain PyTorch"] if barred and ratio < FASTER else []
+        rows.append((name, 1e3 * slow, 1e3 * fast, needed / fast / copy, slow / fast))
+        bars += promised(name, *rows[-1][3:]) if barred else []
     table = pd.DataFrame(rows, columns=["kernel", "PyTorch ms", "kernel ms", "share of copy", "times as fast"])
     print(table.round(3).to_string(index=False))
-    return missed + peers(device, rounds)
+    return bars + [peers(device, rounds, batch, bar) for batch, bar in AGAINST_PEERS.items()]
 
 
-def peers(device, rounds):
-    """PGD-40 on the SmallCNN, in turn, round after round."""
-    missed = []
-    for batch, bar in AGAINST_PEERS.items():
-        test = data.load("mnist", n=batch, fallback="digits")[:batch].to(device)
-        model = pretrained.load(f"{test.name}-standard", device=device)
-        how = dict(steps=contest.STEPS, alpha=contest.ALPHA, batch_size=batch, seed=0)
-        ours = partial(attacks.pgd, model, test.x, test.y, Linf(contest.EPS), **how)
-        contestants = {"recorded": ours, "launched one by one": partial(without_graphs, ours)}
-        contest.BATCH = batch
-        for library in (contest.torchattacks, contest.foolbox, contest.art):
-            if importlib.util.find_spec(library.__name__):
-                contestants[library.__name__] = partial(library, model, test.x, test.y, 0)
-        taken = {name: [] for name in contestants}
-        for number in range(rounds + 2):
-            for name, attack in contestants.items():
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                attack()
-                torch.cuda.synchronize()
-                if number > 1:
-                    taken[name].append(time.perf_counter() - began)
-        table = pd.DataFrame({"ms": {name: 1e3 * statistics.median(t) for name, t in taken.items()}})
-        print(f"\nPGD-40, batch {batch}, {test.name}\n{table.round(2)}")
-        others = [name for name in contestants if name not in ("recorded", "launched one by one")]
-        if others:
-            fastest = min(table.ms[others]) / table.ms["recorded"]
-            print(f"fastest peer / recorded: {fastest:.2f}")
-            missed += [f"PGD-40 at {batch}: {fastest:.2f} times the fastest peer"] if fastest < bar else []
-    return missed
+def promised(name, share=None, ratio=None):
+    """A kernel's two bars."""
+    return [timing.at_least(11, f"{name}: share of the copy bandwidth", share, BANDWIDTH, note=NO_GPU),
+            timing.at_least(11, f"{name}: plain PyTorch's time to ours", ratio, FASTER, note=NO_GPU)]  # fmt: skip
+
+
+def peers(device, rounds, batch, bar):
+    """PGD-40 on the SmallCNN, in turn, round after round; its bar."""
+    test = data.load("mnist", n=batch, fallback="digits")[:batch].to(device)
+    model = pretrained.load(f"{test.name}-standard", device=device)
+    how = dict(steps=contest.STEPS, alpha=contest.ALPHA, batch_size=batch, seed=0)
+    ours = partial(attacks.pgd, model, test.x, test.y, Linf(contest.EPS), **how)
+    contest.BATCH = batch
+    libraries = timing.present(contest.torchattacks, contest.foolbox, contest.art)
+    contestants = {"recorded": ours, "launched one by one": partial(without_graphs, ours)}
+    contestants |= {name: partial(library, model, test.x, test.y, 0) for name, library in libraries.items()}
+    race = timing.in_turn(contestants, rounds, warm_up=2)
+    print(f"\nPGD-40, batch {batch}, {test.name}\n{race.table('recorded')}")
+    fastest, ratio = race.fastest(libraries, "recorded")
+    return timing.at_least(11, pgd_says(batch), ratio, bar, peer=timing.version(fastest))
+
+
+def pgd_says(batch):
+    return f"PGD-40 on a GPU, batch {batch}: the fastest peer's time to ours"
 
 
 def without_graphs(attack):
@@ -141,21 +128,16 @@ def on_cpu(rounds):
         rows.append((name, 1e6 * plain, 1e6 * statistics.median(b - a for a, b in taken)))
     table = pd.DataFrame(rows, columns=["on the CPU", "reference, microseconds", "choice, microseconds"])
     print(table.round(1).to_string(index=False))
-    print("no GPU: skipped")
+    kernels_barred = (*(f"ascent_step {norm}" for norm in ("Linf", "L2", "L1")), "clip_and_sum")
+    bars = [bar for name in kernels_barred for bar in promised(name)]
+    return bars + [timing.at_least(11, pgd_says(batch), None, bar, note=NO_GPU) for batch, bar in AGAINST_PEERS.items()]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=21)
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-        print(f"{platform.processor() or platform.machine()}, cpu, torch {torch.__version__}")
-        return on_cpu(options.rounds)
-    missed = on_gpu(options.rounds)
-    print("\n" + ("\n".join(f"missed: {m}" for m in missed) or "every bar is met"))
-    return sys.exit(1 if missed else 0)
+    options = timing.start(__doc__, rounds=21)
+    timing.headline(f"{options.rounds} rounds")
+    bars = (on_gpu if timing.DEVICE.type == "cuda" else on_cpu)(options.rounds)
+    sys.exit(timing.verdict(bars))
 
 
 if __name__ == "__main__":

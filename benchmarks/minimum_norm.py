@@ -7,14 +7,10 @@ distance is averaged over the images that every contestant of the group broke. T
 round's ratio to ours.
 """
 
-import argparse
-import importlib.util
-import platform
-import statistics
-import time
-import warnings
+import functools
+import sys
 
-import pandas as pd
+import timing
 import torch
 
 from tmlcourse import data, pretrained
@@ -46,19 +42,12 @@ def torchattacks_deepfool_l2(model, x, y):
     return torchattacks.DeepFool(model, steps=50, overshoot=0.02)(x, y)
 
 
-def _art(model):
-    from art.estimators.classification import PyTorchClassifier
-
-    return PyTorchClassifier(
-        model, loss=torch.nn.CrossEntropyLoss(), input_shape=(1, 28, 28), nb_classes=10, clip_values=(0, 1),
-        device_type="cpu" if next(model.parameters()).device.type == "cpu" else "gpu",
-    )  # fmt: skip
-
-
 def art_deepfool_l2(model, x, y):
     from art.attacks.evasion import DeepFool
 
-    attack = DeepFool(_art(model), max_iter=50, epsilon=0.02, nb_grads=10, batch_size=64, verbose=False)
+    attack = DeepFool(
+        timing.art_classifier(model, x), max_iter=50, epsilon=0.02, nb_grads=10, batch_size=64, verbose=False
+    )
     return torch.from_numpy(attack.generate(x.cpu().numpy())).to(x.device)
 
 
@@ -80,7 +69,7 @@ def art_cw_l2(model, x, y):
     from art.attacks.evasion import CarliniL2Method
 
     attack = CarliniL2Method(
-        _art(model),
+        timing.art_classifier(model, x),
         binary_search_steps=5,
         max_iter=50,
         learning_rate=0.1,
@@ -131,54 +120,32 @@ GROUPS = {
 
 
 def contest(name, model, x, y, rounds):
-    """A table of one group: success, mean distance on what all broke, seconds, time / ours."""
+    """Print the table of one group; its bars."""
     ball, mine, *peers = GROUPS[name]
-    there = [p for p in peers if importlib.util.find_spec(p.__name__.split("_")[0])]
-    contestants = {"tmlcourse": mine, **{p.__name__: p for p in there}}
-    seconds, broken, distance = {k: [] for k in contestants}, {}, {}
-    for _ in range(rounds):
-        for key, attack in contestants.items():
-            began = time.perf_counter()
-            x_adv = attack(model, x.clone(), y).detach()
-            if x.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[key].append(time.perf_counter() - began)
-            with torch.no_grad():
-                goal = model(x_adv).argmax(1)
-            broken[key] = goal == (y + 1) % 10 if name == "jsma" else goal != y
-            distance[key] = ball.norm(x_adv - x)
+    contestants = {"ours": mine, **timing.present(*peers)}
+    calls = {n: functools.partial(attack, model, x.clone(), y) for n, attack in contestants.items()}
+    race = timing.in_turn(calls, rounds, warm_up=0)
+    with torch.no_grad():
+        goal = {n: model(x_adv.detach()).argmax(1) for n, x_adv in race.answers.items()}
+    broken = {n: found == (y + 1) % 10 if name == "jsma" else found != y for n, found in goal.items()}
     common = torch.stack(list(broken.values())).all(0)
-    return pd.DataFrame(
-        {
-            "success": {k: v.float().mean().item() for k, v in broken.items()},
-            "mean distance": {k: v[common].mean().item() for k, v in distance.items()},
-            "seconds": {k: statistics.median(v) for k, v in seconds.items()},
-            "time / ours": {
-                k: statistics.median(a / b for a, b in zip(v, seconds["tmlcourse"], strict=True))
-                for k, v in seconds.items()
-            },
-        }
-    )
+    mean = {n: ball.norm(x_adv.detach() - x)[common].double().mean().item() for n, x_adv in race.answers.items()}
+    success = {n: b.double().mean().item() for n, b in broken.items()}
+    print(f"\n{name}\n{race.table('ours', success=success, **{'mean distance': mean})}", flush=True)
+    loss = {n: mean[n] if success[n] >= success["ours"] else torch.inf for n in contestants}
+    return timing.strength(3, f"{name}, mean distance", race, list(contestants)[1:], loss, slack=0.01 * mean["ours"])
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", default=list(GROUPS), choices=list(GROUPS))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    test = data.load("mnist", n=options.images + 20, fallback="digits").to(device)
-    model = pretrained.load(f"{test.name}-standard", device=device)
+    options = timing.start(__doc__, images=64, rounds=3, only=list(GROUPS))
+    test = data.load("mnist", n=options.images + 20, fallback="digits").to(timing.DEVICE)
+    model = pretrained.load(f"{test.name}-standard", device=timing.DEVICE)
     with torch.no_grad():
         right = (model(test.x).argmax(1) == test.y).nonzero().squeeze(1)[: options.images]
-    print(f"{platform.processor() or platform.machine()}, {device}, {options.threads} threads, torch {torch.__version__}; "
-          f"{len(right)} images of {test.name} that the standard network gets right, {options.rounds} rounds")  # fmt: skip
-    for name in options.only:
-        print(f"\n{name}\n{contest(name, model, test.x[right], test.y[right], options.rounds).round(3)}", flush=True)
+    timing.headline(f"{len(right)} images of {test.name} that the standard net gets right, {options.rounds} rounds")
+    sys.exit(timing.verdict([
+        bar for name in options.only for bar in contest(name, model, test.x[right], test.y[right], options.rounds)
+    ]))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,16 +6,11 @@ All contestants attack the same images of the same network in turn, round after 
 round's ratio to the floor: 40 forward passes and backward passes to the input, in batches of 250, and nothing else.
 """
 
-import argparse
 import functools
-import importlib.util
-import platform
-import statistics
-import time
-import warnings
+import sys
 
 import numpy as np
-import pandas as pd
+import timing
 import torch
 import torch.nn.functional as F
 
@@ -70,14 +65,9 @@ def foolbox(model, x, y, seed):
 def art(model, x, y, seed=0):
     np.random.seed(seed or 0)
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
-    from art.estimators.classification import PyTorchClassifier
 
-    classifier = PyTorchClassifier(
-        model, loss=torch.nn.CrossEntropyLoss(), input_shape=tuple(x.shape[1:]), nb_classes=10, clip_values=(0, 1),
-        device_type="cpu" if x.device.type == "cpu" else "gpu",
-    )  # fmt: skip
     attack = ProjectedGradientDescentPyTorch(
-        classifier,
+        timing.art_classifier(model, x),
         norm="inf",
         eps=EPS,
         eps_step=ALPHA,
@@ -101,46 +91,27 @@ def ours_robust_accuracy(model, x, y):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    test = data.load("mnist", n=options.images, fallback="digits")[: options.images].to(device)
-    peers = {f.__name__: f for f in (torchattacks, foolbox, art) if importlib.util.find_spec(f.__name__)}
-    contestants = {"floor": floor, "tmlcourse pgd": ours, **peers, "tmlcourse robust_accuracy": ours_robust_accuracy}
-    print(f"{platform.processor() or platform.machine()}, {device}, {options.threads} threads, torch {torch.__version__}; "
-          f"{len(test)} images of {test.name}, {options.rounds} rounds after one warm-up")  # fmt: skip
-    for kind in ("standard", "robust"):
-        model = pretrained.load(f"{test.name}-{kind}", device=device)
-        seconds, left = {name: [] for name in contestants}, {}
-        for number in range(options.rounds + 1):
-            for name, contestant in contestants.items():
-                began = time.perf_counter()
-                answer = contestant(model, test.x.clone(), test.y)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if number:
-                    seconds[name].append(time.perf_counter() - began)
-                left[name] = answer if isinstance(answer, float) else standing(model, answer, test.y)
-        ratio = {
-            name: statistics.median(a / b for a, b in zip(s, seconds["floor"], strict=True))
-            for name, s in seconds.items()
-        }
-        table = pd.DataFrame(
-            {
-                "seconds": {k: statistics.median(v) for k, v in seconds.items()},
-                "time / floor": ratio,
-                "robust accuracy": left,
-            }
-        )
-        print(f"\n{kind} network\n{table.round(3)}")
-        fastest = min((ratio[p] for p in peers), default=float("nan"))
-        print(f"pgd / torchattacks: {ratio['tmlcourse pgd'] / ratio.get('torchattacks', float('nan')):.2f}; "
-              f"fastest peer / robust_accuracy: {fastest / ratio['tmlcourse robust_accuracy']:.2f}")  # fmt: skip
+    options = timing.start(__doc__, images=500, rounds=5)
+    test = data.load("mnist", n=options.images, fallback="digits")[: options.images].to(timing.DEVICE)
+    peers = timing.present(torchattacks, foolbox, art)
+    contestants = {"floor": floor, "ours": ours, **peers, "ours, robust_accuracy": ours_robust_accuracy}
+    timing.headline(f"{len(test)} images of {test.name}, {options.rounds} rounds after one warm-up")
+    bars = []
+    for kind, faster in (("standard", 4.0), ("robust", 1.4)):
+        model = pretrained.load(f"{test.name}-{kind}", device=timing.DEVICE)
+        calls = {n: functools.partial(f, model, test.x.clone(), test.y) for n, f in contestants.items()}
+        race = timing.in_turn(calls, options.rounds)
+        left = {n: a if isinstance(a, float) else standing(model, a, test.y) for n, a in race.answers.items()}
+        print(f"\n{kind} network\n{race.table('floor', **{'robust accuracy': left})}", flush=True)
+        fastest, ratio = race.fastest(peers, "ours, robust_accuracy")
+        library, slower = race.fastest([n for n in peers if n == "torchattacks"], "ours")
+        named = dict(peer=timing.version(library))
+        bars += [
+            timing.at_most(2, f"PGD-40 to 40 passes, {kind} net", race.ratio("ours", "floor"), 1.03, peer="bare loop"),
+            timing.at_most(2, f"PGD-40 to torchattacks, {kind} net", slower and 1 / slower, 0.7, **named),
+            timing.at_least(2, f"fastest peer to robust_accuracy, {kind} net", ratio, faster, peer=timing.version(fastest)),
+        ]  # fmt: skip
+    sys.exit(timing.verdict(bars))
 
 
 if __name__ == "__main__":

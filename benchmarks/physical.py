@@ -6,12 +6,10 @@ Equal images, network, budget and number of steps. A success counts when the pla
 right. For Wasserstein the exact distance of the results is computed too, by linear programming on the first images.
 """
 
-import argparse
-import time
-import warnings
+import sys
 
 import numpy as np
-import pandas as pd
+import timing
 import torch
 
 from tmlcourse import data, pretrained
@@ -22,19 +20,12 @@ from tmlcourse.attacks.wasserstein import wasserstein, wasserstein_distance
 from tmlcourse.threat import Linf
 
 
-def classifier(model, x):
-    from art.estimators.classification import PyTorchClassifier
-
-    return PyTorchClassifier(model, loss=torch.nn.CrossEntropyLoss(), input_shape=tuple(x.shape[1:]), nb_classes=10,
-                             clip_values=(0, 1), device_type="cpu")  # fmt: skip
-
-
 @torch.no_grad()
 def fooled(model, x, y):
     return (model(x).argmax(1) != y).float().mean().item()
 
 
-def universal_rows(model, art, x, y):
+def universal_race(model, art, x, y):
     from art.attacks.evasion import UniversalPerturbation
 
     attack = UniversalPerturbation(art, attacker="deepfool", attacker_params={"max_iter": 10, "verbose": False},
@@ -49,12 +40,10 @@ def universal_rows(model, art, x, y):
     def ours(**options):
         return lambda: universal(model, x, y, Linf(0.3), seed=0, **options)
 
-    yield "universal, Linf 0.3", "ours, gradient", ours(), rate
-    yield "universal, Linf 0.3", "ours, DeepFool", ours(method="deepfool", passes=2), rate
-    yield "universal, Linf 0.3", "ART", theirs, rate
+    return {"ours": ours(), "ours, DeepFool": ours(method="deepfool", passes=2), "art": theirs}, rate
 
 
-def patch_rows(model, art, x, y):
+def patch_race(model, art, x, y):
     from art.attacks.evasion import AdversarialPatchPyTorch
 
     def theirs():
@@ -72,11 +61,10 @@ def patch_rows(model, art, x, y):
     def ours():
         return patch(model, x, y, target=8, size=13, scale=(1, 1), steps=3 * -(-10 * len(x) // 64), seed=0)
 
-    yield "patch 13 x 13, target 8", "ours", ours, hit
-    yield "patch 13 x 13, target 8", "ART", theirs, hit
+    return {"ours": ours, "art": theirs}, hit
 
 
-def spatial_rows(model, art, x, y):
+def spatial_race(model, art, x, y):
     from art.attacks.evasion import SpatialTransformation
 
     def theirs():
@@ -85,11 +73,10 @@ def spatial_rows(model, art, x, y):
         return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
 
     score = lambda x_adv: fooled(model, x_adv, y)  # noqa: E731
-    yield "spatial, 7 x 3 x 3", "ours", lambda: spatial(model, x, y, grid=(7, 3, 3), stop_early=True), score
-    yield "spatial, 7 x 3 x 3", "ART", theirs, score
+    return {"ours": lambda: spatial(model, x, y, grid=(7, 3, 3), stop_early=True), "art": theirs}, score
 
 
-def wasserstein_rows(model, art, x, y):
+def wasserstein_race(model, art, x, y):
     from art.attacks.evasion import Wasserstein
 
     x, y = x[:10], y[:10]
@@ -107,38 +94,29 @@ def wasserstein_rows(model, art, x, y):
         print(f"    exact distance at most {far:.3f} on 3 images, mass changed by at most {lost:.2%}")
         return fooled(model, z, y)
 
-    yield "Wasserstein 0.3 (10 images)", "ours", lambda: wasserstein(model, x, y, 0.3, steps=20, stop_early=True), score
-    yield "Wasserstein 0.3 (10 images)", "ART", theirs, score
+    return {"ours": lambda: wasserstein(model, x, y, 0.3, steps=20, stop_early=True), "art": theirs}, score
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=60)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
+    options = timing.start(__doc__, images=60)
+    if not timing.installed("art"):
+        sys.exit(timing.verdict([timing.at_least(3, "patch, spatial and other attacks beside ART's", None, 1.0)]))
     test = data.load("mnist", n=options.images, fallback="digits")[: options.images]
     model = pretrained.load(f"{test.name}-standard")
-    art, rows = classifier(model, test.x), []
+    art, bars = timing.art_classifier(model, test.x), []
     one = torch.zeros(1, requires_grad=True)
     one.grad = one.detach().clone()
     torch.optim.Adam([one]).step()  # its first step imports for a second or two, whoever takes it
-    for group in (spatial_rows, patch_rows, universal_rows, wasserstein_rows):
-        for task, who, attack, score in group(model, art, test.x, test.y):
-            began = time.process_time()
-            try:
-                answer = attack()
-            except Exception as problem:  # a peer that fails on an input is a row of the table, not its end
-                rows.append({"task": task, "who": who, "success": float("nan"), "CPU seconds": float("nan")})
-                print(f"    {who}: {type(problem).__name__}: {problem}")
-                continue
-            seconds = time.process_time() - began
-            model.eval()
-            rows.append({"task": task, "who": who, "success": score(answer), "CPU seconds": seconds})
-            print(f"  {task}, {who}: {rows[-1]['success']:.3f} in {seconds:.1f} s", flush=True)
-    print(f"\n{len(test)} images of {test.name}, {options.threads} threads, torch {torch.__version__}")
-    print(pd.DataFrame(rows).round(3).to_string(index=False))
+    timing.headline(f"{len(test)} images of {test.name}")
+    for title, make in {"spatial, 7 x 3 x 3": spatial_race, "patch 13 x 13, target 8": patch_race,
+                        "universal, Linf .3": universal_race, "Wasserstein .3": wasserstein_race}.items():  # fmt: skip
+        contestants, score = make(model, art, test.x, test.y)
+        race = timing.in_turn(contestants, 1, warm_up=0)
+        model.eval()
+        success = {name: score(answer) for name, answer in race.answers.items()}
+        print(f"\n{title}\n{race.table('ours', success=success)}", flush=True)
+        bars += timing.strength(3, title, race, ["art"], {n: 1 - s for n, s in success.items()}, slack=0.02)
+    sys.exit(timing.verdict(bars))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ fidelity), then seconds. ART's membership attack gets what an attacker with labe
 members and of the others, in place of shadow models; it is judged, like ours, on the other half.
 """
 
-import argparse
+import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import timing
 import torch
 import torch.nn.functional as F
 
@@ -39,7 +40,7 @@ def published_loop(net, g, shape, steps, seed):
 
 
 def leakage(images):
-    test = data.load("mnist", fallback="digits")[: max(images)]
+    test = data.load("mnist", fallback="digits")[:images]
     net, rows = privacy.leaky_lenet(test.shape, seed=1), []
     g = privacy.per_example_gradients(net, test.x, test.y)
     for name, steps in (("ours, all at once", 300), ("published loop", 15), ("published loop", 50)):
@@ -52,7 +53,9 @@ def leakage(images):
         seconds = time.perf_counter() - began
         error = (found - test.x).square().flatten(1).mean(1)
         rows.append((f"{name}, {steps} steps", int((error < 1e-3).sum()), error.median().item(), seconds / len(test)))
-    return pd.DataFrame(rows, columns=["gradient leakage", f"below 1e-3 of {len(test)}", "median error", "s an image"])
+    columns = ["gradient leakage", f"below 1e-3 of {len(test)}", "median error", "s an image"]
+    share = rows[0][1] / len(test)
+    return rows, columns, [timing.at_least(10, "gradient leakage: share of images below 1e-3", share, 0.6)]
 
 
 def membership(shadows):
@@ -65,7 +68,8 @@ def membership(shadows):
     training = time.perf_counter() - began
     victims, rows = stack[shadows:], []
     judged = torch.arange(len(y)) % 2 == 1
-    for name in ("ours: loss", "ours: shadow", "ours: lira", "ART: black box, nn", "ART: black box, gb", "ART: rule"):
+    theirs = ("ART: black box, nn", "ART: black box, gb", "ART: rule") if timing.installed("art") else ()
+    for name in ("ours: loss", "ours: shadow", "ours: lira", *theirs):
         began, kind = time.perf_counter(), name.split(": ")[1]
         scores = torch.stack([
             privacy.membership_inference(victims.model(i), x, y, method=kind, shadows=stack[:shadows], seed=i)
@@ -76,7 +80,19 @@ def membership(shadows):
         found = privacy.compare_scores(scores[seen], scores[~seen])
         rows.append((name, found.advantage, found.tpr, found.auc, time.perf_counter() - began))
     print(f"{shadows + 4} networks trained in {training:.1f} s")
-    return pd.DataFrame(rows, columns=["membership inference", "advantage", "TPR at 0.1 %", "AUC", "seconds"])
+    columns, (loss, _, lira, *theirs) = ["membership inference", "advantage", "TPR at 0.1 %", "AUC", "seconds"], rows
+    gain = lira[1] - max(row[1] for row in theirs) if theirs else None
+    peer = timing.version("art" if theirs else "")
+    return (
+        rows,
+        columns,
+        [
+            timing.at_least(
+                10, "LiRA: hits at .1 %, less the threshold's", lira[2] - loss[2], 0.0, peer="loss threshold"
+            ),
+            timing.at_least(10, "LiRA: advantage, less the peer's best", gain, 0.0, peer=peer),
+        ],
+    )
 
 
 def art_scores(kind, model, x, y, members, judged):
@@ -86,7 +102,7 @@ def art_scores(kind, model, x, y, members, judged):
         MembershipInferenceBlackBoxRuleBased,
     )
 
-    classifier = art_classifier(model, x.shape[1:])
+    classifier = art_classifier(model, x)
     a, b = x.numpy(), y.numpy()
     if kind == "rule":
         return torch.from_numpy(MembershipInferenceBlackBoxRuleBased(classifier).infer(a, b)).double()
@@ -96,12 +112,8 @@ def art_scores(kind, model, x, y, members, judged):
     return torch.from_numpy(np.asarray(attack.infer(a, b, probabilities=True))).double().view(len(y), -1)[:, -1]
 
 
-def art_classifier(model, shape):
-    from art.estimators.classification import PyTorchClassifier
-
-    optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
-    return PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), tuple(shape), 10, optimiser, clip_values=(0, 1),
-                             device_type="cpu")  # fmt: skip
+def art_classifier(model, x):
+    return timing.art_classifier(model, x, optimizer=torch.optim.Adam(model.parameters(), lr=2e-3))
 
 
 def extraction(queries=500, epochs=20):
@@ -121,26 +133,30 @@ def extraction(queries=500, epochs=20):
                 lambda x: box(x).softmax(1), own, fresh(), answers=answers, epochs=epochs, seed=0
             )
         else:
-            thief, victim = (
-                art_classifier(m, train.shape) for m in (fresh(), torch.nn.Sequential(box, torch.nn.Softmax(1)))
-            )
+            thief, victim = (art_classifier(m, own) for m in (fresh(), torch.nn.Sequential(box, torch.nn.Softmax(1))))
             options = dict(batch_size_fit=50, batch_size_query=500, nb_epochs=epochs, nb_stolen=queries)
             attack = CopycatCNN(victim, **options) if "Copycat" in name else KnockoffNets(
                 victim, sampling_strategy="random", use_probability=True, verbose=False, **options)  # fmt: skip
             copy = attack.extract(own.numpy(), thieved_classifier=thief).model.eval()
         rows.append((f"{name} {answers}".strip(), privacy.fidelity(box, copy, test.x), time.perf_counter() - began))
-    return pd.DataFrame(rows, columns=[f"extraction, {queries} questions", "fidelity", "seconds"])
+    gain = rows[0][1] - max(row[1] for row in rows[2:])
+    return rows, [f"extraction, {queries} questions", "fidelity", "seconds"], [
+        timing.at_least(10, "extraction: fidelity, less the peer's best", gain, 0.0, peer=timing.version("art"))
+    ]  # fmt: skip
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--shadows", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    for table in (leakage([options.images]), extraction(), membership(options.shadows)):
-        print(table.to_string(index=False, float_format="{:.4g}".format), "\n")
+    options = timing.start(__doc__, images=4, shadows=32)
+    timing.headline("seconds on the wall")
+    calls = [lambda: leakage(options.images), lambda: membership(options.shadows)]
+    bars = []
+    for call in calls + ([extraction] if timing.installed("art") else []):
+        rows, columns, found = call()
+        print(
+            pd.DataFrame(rows, columns=columns).to_string(index=False, float_format="{:.4g}".format), "\n", flush=True
+        )
+        bars += found
+    sys.exit(timing.verdict(bars))
 
 
 if __name__ == "__main__":

@@ -6,18 +6,14 @@ All contestants attack the same images of the same network with the same budget 
 are counted at the model, whoever asks; in this table every contestant's look at the clean image counts, as ours does.
 """
 
-import argparse
-import importlib.util
-import platform
 import statistics
-import time
-import warnings
+import sys
+from functools import partial
 
 import numpy as np
-import pandas as pd
+import timing
 import torch
-from black_box import Counted
-from torch import nn
+from timing import Counted
 
 from tmlcourse import data, pretrained
 from tmlcourse.attacks.queries import Queries
@@ -51,54 +47,41 @@ def torchattacks(model, x, y, threat, queries, seed):
 
 def art(model, x, y, threat, queries, seed):
     from art.attacks.evasion import SquareAttack
-    from art.estimators.classification import PyTorchClassifier
 
     np.random.seed(seed)
     counted = Counted(model).eval()
-    classifier = PyTorchClassifier(
-        counted, loss=nn.CrossEntropyLoss(), input_shape=tuple(x.shape[1:]), nb_classes=10, clip_values=(0, 1),
-        device_type="cpu" if x.device.type == "cpu" else "gpu",
-    )  # fmt: skip
     # It asks three times an iteration: whether the image stands, its loss, and the loss of the candidate.
     norm = np.inf if isinstance(threat, Linf) else 2
-    attack = SquareAttack(classifier, norm=norm, eps=threat.eps, max_iter=queries - 2, verbose=False)
+    attack = SquareAttack(
+        timing.art_classifier(counted, x), norm=norm, eps=threat.eps, max_iter=queries - 2, verbose=False
+    )
     x_adv = torch.from_numpy(attack.generate(x.cpu().numpy(), y.cpu().numpy())).to(x.device)
     return fallen(model, x_adv, y), torch.full((len(x),), counted.rows / len(x), dtype=torch.float64)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--queries", type=int, default=500)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    warnings.filterwarnings("ignore")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    test = data.load("mnist", n=options.images, fallback="digits").to(device)
-    peers = {f.__name__: f for f in (torchattacks, art) if importlib.util.find_spec(f.__name__)}
-    print(f"{platform.processor() or platform.machine()}, {device}, {options.threads} threads, torch {torch.__version__}; "
-          f"{len(test)} images of {test.name}, {options.queries} queries, {options.seeds} seeds")  # fmt: skip
+    options = timing.start(__doc__, images=100, queries=500, seeds=3)
+    test = data.load("mnist", n=options.images, fallback="digits").to(timing.DEVICE)
+    peers, bars = timing.present(torchattacks, art), []
+    timing.headline(f"{len(test)} images of {test.name}, {options.queries} queries, {options.seeds} seeds")
     # Radii at which some images fall within the budget and some do not.
     for kind, threats in {"standard": (Linf(0.2), L2(2.0)), "robust": (Linf(0.35), L2(2.5))}.items():
-        model = pretrained.load(f"{test.name}-{kind}", device=device)
+        model = pretrained.load(f"{test.name}-{kind}", device=timing.DEVICE)
         for threat in threats:
-            rows = {}
-            for seed in range(options.seeds):
-                for name, contestant in {"tmlcourse": ours, **peers}.items():
-                    began = time.perf_counter()
-                    fell, spent = contestant(model, test.x.clone(), test.y, threat, options.queries, seed)
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                    rows.setdefault(name, []).append(
-                        (time.perf_counter() - began, fell.double().mean().item(), spent.mean().item())
-                    )
-            table = pd.DataFrame(
-                {name: [statistics.mean(column) for column in zip(*runs, strict=True)] for name, runs in rows.items()},
-                index=["seconds", "images broken", "mean queries"],
-            ).T
-            print(f"\n{kind} network, {threat}\n{table.round(3)}")
+            case = model, test.x.clone(), test.y, threat, options.queries
+            races = [
+                timing.in_turn({n: partial(f, *case, seed) for n, f in {"ours": ours, **peers}.items()}, 1, warm_up=0)
+                for seed in range(options.seeds)
+            ]
+            race = timing.together(races)
+            broken, spent = (
+                {n: statistics.mean(r.answers[n][i].double().mean().item() for r in races) for n in race.seconds}
+                for i in (0, 1)
+            )
+            title = f"Square, {threat}, {kind} net"
+            print(f"\n{title}\n{race.table('ours', **{'images broken': broken, 'mean queries': spent})}", flush=True)
+            bars += timing.strength(3, title, race, peers, {n: 1 - b for n, b in broken.items()}, slack=0.02)
+    sys.exit(timing.verdict(bars))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ same network on the same batch, and an optimiser step. Contestants take turns; t
 in CPU seconds (on a GPU in wall time).
 """
 
-import argparse
 import functools
-import platform
-import statistics
+import sys
 import time
 from pathlib import Path
 
 import pandas as pd
+import timing
 import torch
 import torch.nn.functional as F
 
@@ -47,10 +46,10 @@ def floor(model, optimiser, x, y, steps):
 def race(options, device):
     """Epochs of `fit` with each loss against the same number of floor steps."""
     train = data.load("mnist", "train", n=options.batches * 100, fallback="digits").to(device)
-    print(f"{platform.processor() or platform.machine()}, {device}, {options.threads} threads, torch {torch.__version__}; "
-          f"{options.batches} batches of 100 images of {train.name}, {options.rounds} rounds after one warm-up")  # fmt: skip
-    threat, steps = Linf(EPS), options.steps
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    timing.headline(
+        f"{options.batches} batches of 100 images of {train.name}, {options.rounds} rounds after one warm-up"
+    )
+    threat, steps, bars = Linf(EPS), options.steps, []
     losses = {
         "Madry": training.adversarial(threat, steps=steps, alpha=0.1),
         "friendly, tau = steps": training.friendly(threat, steps=steps, tau=steps, alpha=0.1),
@@ -58,30 +57,24 @@ def race(options, device):
         "TRADES": training.trades(threat, steps=steps, alpha=0.1),
         "MART": training.mart(threat, steps=steps, alpha=0.1),
     }
+
+    def bare(build):
+        model = build().to(device).train()
+        optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
+        for index in torch.randperm(len(train)).split(100):
+            floor(model, optimiser, train.x[index], train.y[index], steps)
+
+    def fitted(build, loss):
+        training.fit(build().to(device).train(), train, epochs=1, loss=loss, seed=0)
+
     for name, build in NETWORKS.items():
-        seconds = {contestant: [] for contestant in ("floor", *losses)}
-        for number in range(options.rounds + 1):
-            for contestant, taken in seconds.items():
-                model = build().to(device).train()
-                began = clock()
-                if contestant == "floor":
-                    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
-                    for index in torch.randperm(len(train)).split(100):
-                        floor(model, optimiser, train.x[index], train.y[index], steps)
-                else:
-                    training.fit(model, train, epochs=1, loss=losses[contestant], seed=number)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if number:
-                    taken.append(clock() - began)
-        rows = {
-            k: {
-                "seconds": statistics.median(v),
-                "time / floor": statistics.median(a / b for a, b in zip(v, seconds["floor"], strict=True)),
-            }
-            for k, v in seconds.items()
-        }
-        print(f"\n{name}, PGD-{steps}\n{pd.DataFrame(rows).T.round(3)}", flush=True)
+        calls = {"floor": functools.partial(bare, build)}
+        calls |= {n: functools.partial(fitted, build, loss) for n, loss in losses.items()}
+        found = timing.in_turn(calls, options.rounds)
+        print(f"\n{name}, PGD-{steps}\n{found.table('floor')}", flush=True)
+        bars += [timing.at_most(7, f"{n} to {steps} + 1 passes, {name}", found.ratio(n, "floor"), 1.05, peer="bare loop")
+                 for n in losses]  # fmt: skip
+    return bars
 
 
 def methods(threat, steps, standard, defended):
@@ -157,32 +150,26 @@ def recipe(options, device):
     model, began = NETWORKS[options.network]().to(device), time.process_time()
     loss = training.growing(functools.partial(training.adversarial, steps=options.steps), Linf(EPS), share=0.5)
     training.fit(model, train, epochs=options.epochs, batch_size=50, lr=2e-3, loss=loss, seed=0)
-    print(f"{options.network}, {time.process_time() - began:.0f} CPU seconds of training, {device}", flush=True)
+    minutes = (time.process_time() - began) / 60
+    print(f"{options.network}, {60 * minutes:.0f} CPU seconds of training, {device}", flush=True)
     print(f"clean {training.accuracy(model, test.x, test.y):.4f}", flush=True)
-    few = test[:: max(1, len(test) // options.tested)]
+    few, stands = test[:: max(1, len(test) // options.tested)], {}
     for restarts in (1, 20):
         attack = functools.partial(pgd, steps=40, alpha=0.01, restarts=restarts)
         result = robust_accuracy(model, few.x, few.y, Linf(EPS), [attack], seed=0)
         print(f"PGD-40, {restarts} restarts: {result}", flush=True)
+        stands[restarts] = 100 * result.accuracy
+    return [timing.at_least(7, "training recipe: % standing under PGD-40", stands[1], 80.0),
+            timing.at_most(7, "training recipe: CPU minutes", minutes, 20.0)]  # fmt: skip
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--recipe", action="store_true")
-    parser.add_argument("--network", choices=NETWORKS, default="wong_kolter")
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--tested", type=int, default=1000)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--out", default=TABLE)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    (table if options.table else recipe if options.recipe else race)(options, device)
+    options = timing.start(
+        __doc__, rounds=7, batches=3, steps=5, table=False, recipe=False, network="wong_kolter", images=10_000, tested=1000,
+        epochs=8, out=str(TABLE),
+    )  # fmt: skip
+    bars = (table if options.table else recipe if options.recipe else race)(options, timing.DEVICE)
+    sys.exit(timing.verdict(bars or []))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tmlcourse import attacks, data, models, training
+from tmlcourse import attacks, data, kernels, models, training
 from tmlcourse.attacks.losses import fools
 from tmlcourse.threat import L1, L2, Linf
 from tmlcourse.training import adversarial, ascent, early_stopped, fit, friendly, mart, mixture, single_step, trades
@@ -402,3 +402,22 @@ def test_bad_input(net, digits):
     ]:  # fmt: skip
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.parametrize("threat", [Linf(0.2), L2(1.0), L1(5.0)])
+def test_training_takes_its_steps_where_a_gpu_has_a_kernel_for_them(net, test_set, threat, monkeypatch):
+    """On a CPU that is the threat's own step, bit for bit."""
+    some, taken = test_set[:20], []
+
+    def found():
+        torch.manual_seed(0)
+        losses = (adversarial(threat, steps=2), friendly(threat, steps=2, tau=1), adversarial(threat, single_step))
+        return [loss(net, some.x, some.y)[1].detach() for loss in losses]
+
+    expected = found()
+    monkeypatch.setattr(
+        kernels, "ascent_step", lambda x_adv, grad, x, t, alpha: taken.append(t) or t.ascend(x_adv, grad, x, alpha)
+    )
+    for ours, own in zip(expected, found(), strict=True):
+        assert torch.equal(ours, own)
+    assert taken == [threat] * len(taken) and len(taken) == 5

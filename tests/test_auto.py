@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from test_attacks import SETS, largest_gain, linear_problem, random_net
 from torch import nn
 
-from tmlcourse import data, pretrained
+from tmlcourse import data, kernels, pretrained
 from tmlcourse.attacks import difference, margin, pgd, robust_accuracy
 from tmlcourse.attacks.auto import apgd, apgd_targeted, autoattack, checkpoints
 from tmlcourse.attacks.losses import dlr, fools, targeted_dlr
-from tmlcourse.threat import L0, L2, Linf
+from tmlcourse.threat import L0, L1, L2, Linf
 
 
 @pytest.fixture(params=["digits-28x28", "mnist"])
@@ -360,3 +360,13 @@ def test_the_fast_network_falls_below_its_pgd_figure(published, mnist):
     both = robust_accuracy(net, x, y, Linf(0.3), [apgd, partial(apgd_targeted, targets=2, steps=40)], seed=0)
     assert both.accuracy <= walk.accuracy - 0.02
     assert both.low < 0.8293 < both.high + 0.03
+
+
+def test_auto_pgd_takes_its_l1_steps_where_a_gpu_has_a_kernel_for_them(monkeypatch):
+    model, x, _ = random_net(0, (1, 6, 6), 3)
+    y = model(x).argmax(1)
+    taken, found = [], apgd(model, x, y, L1(3.0), steps=10, seed=0)
+    monkeypatch.setattr(
+        kernels, "ascent_step", lambda a, grad, x, t, alpha: taken.append(t) or t.ascend(a, grad, x, alpha)
+    )
+    assert torch.equal(apgd(model, x, y, L1(3.0), steps=10, seed=0), found) and taken

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tmlcourse import data, pretrained
+from tmlcourse import data, kernels, pretrained
 from tmlcourse.attacks import cross_entropy
 from tmlcourse.attacks.universal import data_free, fooling_rate, universal
 from tmlcourse.threat import L0, L1, L2, Linf
@@ -149,3 +149,13 @@ def test_unseen_digits_are_fooled_far_more_often_than_by_noise(name, request):
     assert fooling_rate(model, unseen.x, w, target=8) > 0.3
     free = data_free(model, test.x.shape[1:], threat, steps=40, seed=0)
     assert fooling_rate(model, unseen.x, free) > fooling_rate(model, unseen.x, noise)
+
+
+@pytest.mark.parametrize("threat", [Linf(0.2), L2(1.0)])
+def test_the_data_free_attack_takes_its_steps_where_a_gpu_has_a_kernel_for_them(threat, monkeypatch):
+    model, x, _ = net(0)
+    taken, found = [], data_free(model, x.shape[1:], threat, steps=4, seed=0)
+    monkeypatch.setattr(
+        kernels, "ascent_step", lambda v, grad, x, t, alpha: taken.append(t) or t.ascend(v, grad, x, alpha)
+    )
+    assert torch.equal(data_free(model, x.shape[1:], threat, steps=4, seed=0), found) and len(taken) == 4

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import checks, progress, randomness
+from .. import checks, kernels, progress, randomness
 from ..threat import L0, L1
 from .layout import fast_layout, images_at_once
 from .losses import fools, objective
@@ -278,7 +278,7 @@ class _Run:
         """
         now, threat = s["now"], self.threat
         if isinstance(threat, (L0, L1)):
-            z = threat.ascend(now, s["grad"], s["x"], s["eta"])
+            z = kernels.ascent_step(now, s["grad"], s["x"], threat, s["eta"])
         else:
 
             def rows(v: Tensor) -> Tensor:

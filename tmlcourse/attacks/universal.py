@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .. import checks, progress, randomness
+from .. import checks, kernels, progress, randomness
 from ..threat import L1, L2, Linf
 from .layout import fast_layout
 from .losses import margin, objective
@@ -190,7 +190,7 @@ def data_free(
                 (grad,) = torch.autograd.grad(value.sum(), v)
             v = v.detach()
             if t < steps:
-                v = ball.ascend(v, grad, zero, 0.2 * threat.eps * (1 - t / steps))
+                v = kernels.ascent_step(v, grad, zero, ball, 0.2 * threat.eps * (1 - t / steps))
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, kernels
 
 
 def cross_entropy(model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ def single_step(
     """
     start = (threat.random(x) if random_start else x.clone()).requires_grad_()
     (grad,) = torch.autograd.grad(F.cross_entropy(model(start), y, reduction="sum"), start)
-    return threat.ascend(start.detach(), grad, x, threat.full_step if alpha is None else alpha)
+    return kernels.ascent_step(start.detach(), grad, x, threat, threat.full_step if alpha is None else alpha)
 
 
 def _climb(model, x, y, start, threat, steps, alpha, objective, tau=None) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def _climb(model, x, y, start, threat, steps, alpha, objective, tau=None) -> tup
                 active, point, grad, clean, y, patience = (v[stay] for v in (active, point, grad, clean, y, patience))
                 if not len(active):
                     break
-        point = threat.ascend(point, grad, clean, alpha)
+        point = kernels.ascent_step(point, grad, clean, threat, alpha)
     result[active] = point
     return result, taken
 
