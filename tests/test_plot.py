@@ -204,7 +204,7 @@ def test_perturbation_is_magnified_by_a_round_factor_that_fits(largest, factor):
     x = torch.zeros(1, 1, 4, 4)
     figure = plot.perturbations(x, x + largest)
     image = figure.axes[1].images[0]
-    assert f"× {factor:g} " in words(figure)
+    assert f"× {factor:g}\n" in words(figure)
     assert np.allclose(image.get_array(), factor * largest, atol=1e-6) and image.get_clim() == (-1, 1)
 
 
@@ -214,7 +214,7 @@ def test_perturbation_of_colour_images_is_centred_on_grey_and_magnify_is_obeyed(
     x_adv[:, 0, 0, 0] -= 0.1
     figure = plot.perturbations(x, x_adv, magnify=5)
     change = figure.axes[1].images[0].get_array()
-    assert "× 5 (mid-grey" in words(figure)
+    assert "× 5\nmid-grey: no change" in words(figure)
     assert np.allclose(change[0, 0], [0.25, 0.5, 0.5]) and np.allclose(change[1:], 0.5)
 
 
@@ -850,3 +850,107 @@ def test_agreement_draws_every_case_and_the_diagonal():
         plot.agreement(actual, {"a": [1.0]}, title="T", xlabel="x", ylabel="y")
     with pytest.raises(TypeError, match="predicted_by_label: got list"):
         plot.agreement(actual, [actual], title="T", xlabel="x", ylabel="y")
+
+
+# What people see who lack one kind of cone: matrices on linear RGB (Machado, Oliveira & Fernandes 2009, severity 1).
+WITHOUT = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def linear(colour):
+    rgb = np.array(to_rgb(colour))
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+
+
+def lab(colour, seen_by=None):
+    """CIELAB under daylight, as seen with all cones or without one kind of them."""
+    rgb = np.clip(np.array(WITHOUT[seen_by]) @ linear(colour), 0, 1) if seen_by else linear(colour)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ rgb / [0.9505, 1.0, 1.089]
+    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+def contrast(one, other):
+    """The ratio of WCAG 2, 1 to 21."""
+    low, high = sorted(float(linear(colour) @ [0.2126, 0.7152, 0.0722]) for colour in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("seen_by", [None, *WITHOUT])
+def test_colours_stay_apart_without_one_kind_of_cones(seen_by):
+    seen = [lab(colour, seen_by) for colour in plot.COLOURS]
+    apart = {(i, j): np.linalg.norm(seen[i] - seen[j]) for i in range(6) for j in range(i)}
+    assert min(apart.values()) > 15, min(apart, key=apart.get)
+    assert all(np.linalg.norm(seen[i] - lab("white", seen_by)) > 25 for i in range(6))
+
+
+@pytest.mark.parametrize("seen_by", [None, *WITHOUT])
+@pytest.mark.parametrize("name", ["RdBu_r", "Reds", "Blues", "viridis"])
+def test_tints_rise_in_lightness_and_the_signs_stay_apart(name, seen_by):
+    colours = plt.get_cmap(name)(np.linspace(0, 1, 65))
+    light = np.array([lab(colour[:3], seen_by)[0] for colour in colours])
+    if name == "RdBu_r":
+        assert (np.diff(light[:32]) > -0.5).all() and (np.diff(light[33:]) < 0.5).all()
+        negative, positive = (lab(colours[i][:3], seen_by) for i in (13, 51))
+        assert np.linalg.norm(negative - positive) > 40
+    else:
+        assert (np.diff(light if name == "viridis" else -light) > -0.5).all()
+
+
+def test_the_numbers_of_a_matrix_can_be_read_on_every_tint():
+    table = pd.DataFrame(np.linspace(0, 100, 51)[None])
+    ax = plot.matrix(table, title="T", xlabel="x", ylabel="y").axes[0]
+    tints = ax.images[0].to_rgba(ax.images[0].get_array())[0]
+    assert min(contrast(text.get_color(), tint[:3]) for text, tint in zip(ax.texts, tints, strict=True)) > 4.4
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_words_outside_pictures_can_be_read(name):
+    """Contrast of at least 4.5 on white for every text, ticks included; the numbers of a matrix have their own test."""
+    figure = FIGURES[name]()
+    inside = figure.axes[0].texts if name == "matrix" else []
+    texts = [text for text in figure.findobj(plt.Text) if text.get_text().strip() and text not in inside]
+    assert texts and min(contrast(to_rgb(text.get_color()), "white") for text in texts) >= 4.5
+
+
+def test_pictures_begin_beneath_their_title_and_fill_the_width():
+    for figure in (plot.weights(torch.randn(3, 8, 8), columns=3, data_name="d"),
+                   plot.heatmaps({c: torch.rand(4, 1, 8, 8) for c in "abcd"}, data_name="d"),
+                   plot.perturbations(X[:1], X[:1], data_name="d"),
+                   plot.images(X, rows=["a", "b"], columns=3, data_name="d")):  # fmt: skip
+        figure.draw_without_rendering()
+        shown = [ax for ax in figure.axes if ax.images]
+        boxes = [ax.get_window_extent() for ax in shown]
+        title = figure.get_suptitle() and figure._suptitle.get_window_extent()
+        heads = [ax.title.get_window_extent().y1 for ax in shown if ax.get_title()]
+        assert title.y0 - max([box.y1 for box in boxes] + heads) < 0.2 * figure.dpi
+        assert max(b.x1 for b in boxes) - min(b.x0 for b in boxes) > 0.75 * figure.bbox.width
+
+
+def test_rows_of_images_have_names():
+    figure = plot.images(X, rows=["before", "after"], columns=3)
+    assert [ax.get_ylabel() for ax in figure.axes] == ["before", "", "", "after", "", ""]
+    with pytest.raises(ValueError, match="rows: got .* want 2 texts, one a row"):
+        plot.images(X, rows=["before"], columns=3)
+
+
+def test_a_single_perturbation_is_shown_side_by_side():
+    figure = plot.perturbations(X[:1], X[:1].flip(3), labels=[3], labels_adv=[5], data_name="d")
+    figure.draw_without_rendering()
+    left, middle, right = (ax.get_window_extent() for ax in figure.axes)
+    assert left.x1 < middle.x0 and middle.x1 < right.x0 and abs(left.y0 - right.y0) < 1
+    assert figure.axes[0].get_title() == "original\nand its class\n3"
+    assert figure.axes[2].get_title().endswith("✗ 5") and figure.axes[2].spines["left"].get_linewidth() == 2
+
+
+def test_ticks_of_counts_are_whole_and_labels_break_before_a_formula():
+    ax = plot.curves(np.arange(1, 21), {"a": np.arange(20.0)}, title="T", xlabel="epoch", ylabel="y").axes[0]
+    assert np.allclose(ax.get_xticks(), np.round(ax.get_xticks()))
+    table = pd.DataFrame({"row": ["3 or 7, robust, ε = 0.25"], "ours": [1], "low": [1], "high": [1], "published": [2]})
+    ax = plot.bars_against_published(table).axes[0]
+    assert ax.get_yticklabels()[0].get_text() == "3 or 7, robust,\nε = 0.25"
+    assert "ours" in [text.get_text() for text in ax.get_legend().get_texts()]  # no interval, so none is promised

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -115,6 +116,32 @@ def _title(text: str, data_name: str, width: int = 44) -> str:
     return textwrap.fill(", ".join(filter(None, (text, data_name))), width)
 
 
+def _wrap(text, width: int) -> str:
+    """A text in lines of about `width` letters; what stands about an equals sign stays together."""
+    held = re.sub(r" ([=≤≥<>]) ", "\u00a0\\1\u00a0", str(text))  # textwrap breaks at plain spaces only
+    return textwrap.fill(held, width).replace("\u00a0", " ")
+
+
+def _fit(fig: Figure, rows: int, columns: int) -> Figure:
+    """Take away the height that rows of pictures leave unused, so that no gap opens beneath the title."""
+    most = fig.get_figheight()
+    for _ in range(2):
+        fig.get_layout_engine().execute(fig)
+        inches, height = fig.get_size_inches(), fig.get_figheight()
+        for ax in [fig.axes[row * columns] for row in range(rows)]:
+            ax.apply_aspect()
+            slot, shown = ax.get_position(original=True), ax.get_position()
+            wide, high = inches * (slot.width - shown.width, slot.height - shown.height)
+            height += wide * (inches[1] * shown.height) / (inches[0] * shown.width) - high
+        fig.set_figheight(min(height, most))
+    return fig
+
+
+def _whole(x: np.ndarray) -> bool:
+    """Whether x counts something (epochs, layers, steps): then no tick stands between two whole numbers."""
+    return bool((x == np.round(x)).all() and np.ptp(x) >= 2)
+
+
 def _legend(ax: Axes, *, grow: bool, entries: dict | None = None) -> Figure:
     """The figure with a legend beneath the axes, where it hides no data; a figure of ours grows by its rows."""
     handles, labels = (list(entries.values()), list(entries)) if entries else ax.get_legend_handles_labels()
@@ -190,7 +217,7 @@ def _extent(value, name: str) -> tuple[float, float, float, float]:
 
 def _texts(texts, name: str, n: int) -> list[str]:
     if isinstance(texts, str) or len(texts) != n:
-        raise ValueError(f"{name}: got {texts!r}, want {n} texts, one an image")
+        raise ValueError(f"{name}: got {texts!r}, want {n} texts, one {'a row' if name == 'rows' else 'an image'}")
     return [str(text) for text in texts]
 
 
@@ -208,11 +235,11 @@ def _text_size(texts, columns: int) -> float:
 
 
 @_styled
-def images(x, *, titles=None, data_name: str = "", columns: int = 8) -> Figure:
+def images(x, *, titles=None, rows=None, data_name: str = "", columns: int = 8) -> Figure:
     """Rows of images, grey or RGB.
 
-    x: (N, C, H, W) in [0, 1], C = 1 or 3. titles: N short texts above the images.
-    Raises ValueError for other shapes or values, or another number of titles.
+    x: (N, C, H, W) in [0, 1], C = 1 or 3. titles: N short texts above the images. rows: a text at the left of each row.
+    Raises ValueError for other shapes or values, or another number of titles or rows.
 
     Example:
         >>> fig = images(torch.rand(3, 1, 8, 8), titles=["a", "b", "c"], data_name="noise")
@@ -220,18 +247,21 @@ def images(x, *, titles=None, data_name: str = "", columns: int = 8) -> Figure:
     pictures = _images(x, "x")
     n, columns = len(pictures), min(checks.positive_int(columns, "columns"), len(pictures))
     titles = _texts(titles, "titles", n) if titles is not None else [""] * n
-    size, rows = _text_size(titles, columns), math.ceil(n / columns)
+    size, down = _text_size(titles, columns), math.ceil(n / columns)
+    beside = _texts(rows, "rows", down) if rows is not None else [""] * down
     lines = max(text.count("\n") + 1 for text in titles) if any(titles) else 0
-    fig = _figure(0.35 * bool(data_name) + rows * (min(_WIDTH / columns, 1.6) + 0.02 + lines * size / 60))
+    fig = _figure(0.35 * bool(data_name) + down * (min(_WIDTH / columns, 1.6) + 0.02 + lines * size / 60))
     fig.get_layout_engine().set(hspace=0.02, h_pad=0.03, w_pad=0.03)
-    axes = fig.subplots(rows, columns, squeeze=False).flat
+    axes = fig.subplots(down, columns, squeeze=False).flat
     for ax, picture, text in zip(axes, pictures, titles, strict=False):
         _picture(ax, picture, text, size)
+    for ax, text in zip(axes[::columns], beside, strict=True):
+        ax.set_ylabel(text, fontsize=10, rotation=0, ha="right", va="center")
     for ax in axes[n:]:
         ax.set_axis_off()
     if data_name:
         fig.suptitle(_title("", data_name), x=0.01, ha="left")
-    return fig
+    return fig if rows is None else _fit(fig, down, columns)
 
 
 def _magnification(delta: np.ndarray) -> float:
@@ -246,7 +276,7 @@ def _magnification(delta: np.ndarray) -> float:
 
 @_styled
 def perturbations(x, x_adv, *, labels=None, labels_adv=None, classes=None, data_name: str = "", magnify=None) -> Figure:
-    """Three rows: the originals, the perturbation x_adv - x magnified about 0, the adversarial images.
+    """The originals, the perturbation x_adv - x magnified about 0, the adversarial images: three rows, or one for N = 1.
 
     x, x_adv: (N, C, H, W) in [0, 1], N at most 12. labels: the true classes (N,); labels_adv: what the model sees in
     x_adv (N,), marked with a cross and a heavy frame where it differs from `labels`. classes: names of the classes.
@@ -271,13 +301,6 @@ def perturbations(x, x_adv, *, labels=None, labels_adv=None, classes=None, data_
     names, names_adv = _class_names(labels, "labels", n, classes), _class_names(labels_adv, "labels_adv", n, classes)
     wrong = [bool(a and b and a != b) for a, b in zip(names, names_adv, strict=True)]
     names_adv = [f"✗ {name}" if bad else name for name, bad in zip(names_adv, wrong, strict=True)]
-    size = _text_size(names + names_adv, n)
-
-    heights = [min(_WIDTH / n, 1.5) + 0.26 + 0.19 * any(row) for row in (names, [], names_adv)]
-    fig = _figure(0.3 * bool(data_name) + sum(heights))
-    fig.get_layout_engine().set(h_pad=0.03, w_pad=0.03)
-    if data_name:
-        fig.suptitle(_title("", data_name), x=0.01, ha="left")
     key = "red: brighter, blue: darker" if before.ndim == 3 else "mid-grey: no change"
     shown = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if before.ndim == 3 else {}
     change = np.clip(factor * delta, -1, 1)
@@ -286,8 +309,21 @@ def perturbations(x, x_adv, *, labels=None, labels_adv=None, classes=None, data_
         (f"perturbation × {factor:g} ({key})", change if before.ndim == 3 else (1 + change) / 2, [""] * n, shown),
         ("adversarial" + (" and what the model sees" if any(names_adv) else ""), after, names_adv, {}),
     )
-    panels = fig.subfigures(3, 1, height_ratios=heights)
-    for panel, (heading, pictures, texts, kwargs) in zip(panels, rows, strict=True):
+    heights = [min(_WIDTH / n, 1.5) + 0.26 + 0.19 * any(row) for row in (names, [], names_adv)]
+    fig = _figure(0.3 * bool(data_name) + (2.3 if n == 1 else sum(heights)))
+    fig.get_layout_engine().set(h_pad=0.03, w_pad=0.03)
+    if data_name:
+        fig.suptitle(_title("", data_name), x=0.01, ha="left")
+    if n == 1:  # side by side, each under its heading
+        titles = [re.sub(r" \(|, | (?=and )", "\n", row[0].rstrip(")")) for row in rows]
+        for ax, title, (_, pictures, texts, kwargs) in zip(fig.subplots(1, 3), titles, rows, strict=True):
+            _picture(ax, pictures[0], "\n".join(filter(None, [title, *texts])), _text_size(titles, 3), **kwargs)
+        ax.spines[:].set(**{"color": "#A33F00", "linewidth": 2} if wrong[0] else {})
+        return _fit(fig, 1, 3)
+    size = _text_size(names + names_adv, n)
+    for panel, (heading, pictures, texts, kwargs) in zip(
+        fig.subfigures(3, 1, height_ratios=heights), rows, strict=True
+    ):
         panel.suptitle(heading, x=0.01, ha="left", fontsize=10.5, fontweight="normal")
         for ax, picture, text in zip(panel.subplots(1, n, squeeze=False).flat, pictures, texts, strict=True):
             title = _picture(ax, picture, text, size, **kwargs)
@@ -652,14 +688,15 @@ def bars_against_published(table, *, data_name: str = "", xlabel: str = "accurac
     _ordered(table, "low", "ours", "high")
     own, ax = ax is None, _axes(ax, 1.3 + 0.5 * len(table), grid="x")
     y, ours = np.arange(len(table)), table["ours"]
-    ax.errorbar(ours, y + 0.14, xerr=[ours - table["low"], table["high"] - ours], ls="", marker="o", color=COLOURS[0],
-                ms=7, capsize=4, label="ours, with interval")  # fmt: skip
+    known = "ours, with interval" if (table["low"] < table["high"]).any() else "ours"
+    width = [ours - table["low"], table["high"] - ours]
+    ax.errorbar(ours, y + 0.14, xerr=width, ls="", marker="o", color=COLOURS[0], ms=7, capsize=4, label=known)
     beside = table["published"].notna().any()  # nobody publishes figures on stand-in data
     if beside:
         ax.plot(
             table["published"], y - 0.14, ls="", marker="D", color=COLOURS[2], mfc="white", mew=2, label="published"
         )
-    ax.set_yticks(y, [textwrap.fill(str(row), 22) for row in table["row"]])
+    ax.set_yticks(y, [_wrap(row, 22) for row in table["row"]])
     title = _title("Ours and published" if beside else "Ours", data_name, 30)
     ax.set(ylim=(len(table) - 0.5, -0.5), xlabel=xlabel, title=title)
     return _legend(ax, grow=own)
@@ -688,6 +725,8 @@ def curves(x, values_by_label, *, title: str, xlabel: str, ylabel: str, data_nam
     for i, (label, values) in enumerate(zip(labels, lines, strict=True)):
         ax.plot(x, values, label=label, markevery=(i * every // max(1, len(lines)), every), **_line(i))
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear", title=_title(title, data_name))
+    if _whole(x):
+        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     return _legend(ax, grow=own)
 
 
@@ -726,7 +765,7 @@ def weights(w, *, titles=None, data_name: str = "", columns: int = 4, limit: flo
     bar.set_ticks([-limit, 0, limit], labels=[f"−{limit:.2g}", "0", f"{limit:.2g}"])
     if data_name:
         fig.suptitle(_title("", data_name), x=0.01, ha="left")
-    return fig
+    return _fit(fig, rows, columns)
 
 
 @_styled
@@ -786,9 +825,9 @@ def matrix(table, *, title: str, xlabel: str, ylabel: str, data_name: str = "", 
     ax = _axes(ax, 1.6 + 0.42 * len(table), grid=None)
     ax.imshow(values, cmap="Blues", vmin=limits[0], vmax=limits[1], aspect="auto")
     for (i, j), value in np.ndenumerate(values):
-        dark = (value - limits[0]) / (limits[1] - limits[0]) > 0.6
-        ax.text(j, i, form.format(value), ha="center", va="center", fontsize=10, color="white" if dark else _INK)
-    ax.set_xticks(range(values.shape[1]), [textwrap.fill(str(c), 8) for c in table.columns], fontsize=9.5)
+        dark = (value - limits[0]) / (limits[1] - limits[0]) > 0.71  # there black and white both keep 4.5 : 1
+        ax.text(j, i, form.format(value), ha="center", va="center", fontsize=10, color="white" if dark else "black")
+    ax.set_xticks(range(values.shape[1]), [_wrap(c, 8) for c in table.columns], fontsize=9.5)
     ax.set_yticks(range(len(values)), [str(r) for r in table.index], fontsize=9.5)
     ax.tick_params(length=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=_title(title, data_name))
@@ -958,12 +997,13 @@ def outlines(points, shapes, *, title: str, data_name: str = "", axis_labels=("$
         raise ValueError(f"{bad[0]}: want two columns, the coordinates")
     _lines(corners, "shapes", most=6)
     own, ax = ax is None, _axes(ax, 4.2)
-    ax.plot(*points.T, ls="", marker=".", ms=2.5, color="#777777", alpha=0.6, label="true image", zorder=1)
+    ax.plot(*points.T, ls="", marker=".", ms=2.5, color="#777777", alpha=0.6, zorder=1)
+    entries = {"true image": Line2D([], [], ls="", marker="o", color="#777777")}
     for i, (name, c) in enumerate(corners.items()):
         ring = np.concatenate([c, c[:1]])
-        ax.plot(*ring.T, label=name, lw=2.2, **_line(i) | {"marker": ""})
+        (entries[name],) = ax.plot(*ring.T, label=name, lw=2.2, **_line(i) | {"marker": ""})
     ax.set(xlabel=axis_labels[0], ylabel=axis_labels[1], title=_title(title, data_name))
-    return _legend(ax, grow=own)
+    return _legend(ax, grow=own, entries=entries)
 
 
 @_styled
@@ -985,7 +1025,7 @@ def bars(labels, values, *, title: str, xlabel: str, data_name: str = "", form: 
     ax.barh(place, values, height=0.62, color=COLOURS[0])
     for y, value in zip(place, values, strict=True):
         ax.annotate(form.format(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=10)
-    ax.set_yticks(place, [textwrap.fill(label, 24) for label in labels])
+    ax.set_yticks(place, [_wrap(label, 24) for label in labels])
     ax.set(ylim=(len(values) - 0.5, -0.5), xlim=(0, 1.12 * (values.max() or 1)), xlabel=xlabel,
            title=_title(title, data_name, 30))  # fmt: skip
     return ax.figure
@@ -1056,7 +1096,7 @@ def group_intervals(table, *, title: str, data_name: str = "", xlabel: str = "sh
                     color=COLOURS[i], mfc="white" if hollow else COLOURS[i])  # fmt: skip
     for i in range(1, len(rows)):
         ax.axhline(i - 0.5, color=_GRID, lw=0.8, ls="-", zorder=0)
-    ax.set_yticks(range(len(rows)), [textwrap.fill(row, 18) for row in rows])
+    ax.set_yticks(range(len(rows)), [_wrap(row, 18) for row in rows])
     ax.tick_params(axis="y", length=0)
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=xlabel, title=_title(title, data_name, 34))
     entries = {name: Line2D([], [], ls="", marker=MARKERS[i], color=COLOURS[i], ms=7.5) for i, name in enumerate(names)}
@@ -1268,7 +1308,7 @@ def heatmaps(maps_by_title, *, images=None, masks=None, rows=None, shared: bool 
         bar.set_ticks([t for t in ticks if kind or t >= 0], labels=[v for t, v in ticks.items() if kind or t >= 0])
     if data_name:
         fig.suptitle(_title("", data_name), x=0.01, ha="left")
-    return fig
+    return _fit(fig, down, across)
 
 
 def _one_channel(maps, name: str) -> np.ndarray:

@@ -3,12 +3,13 @@
 
 usage: slides.py [CHAPTER ...]        after `python3 course.py book`; CHAPTER is a number or a name, all without
 
-The figures are those of the built book. By default a paragraph becomes its first sentence, a list, a table, a formula
-and a `> ` box stay whole, code goes and its figure stays. A cell's tags say otherwise: `slide` shows all of it (code,
-too), `no-slide` nothing. Keys: arrows, F for the full screen, O for all slides at once; `?print-pdf` in the address
-and the browser's print make a PDF.
+The figures, sliders and short tables are those of the built book. By default a paragraph becomes its first sentence, a
+list, a table, a formula and a `> ` box stay whole, code goes and what it shows stays. A cell's tags say otherwise:
+`slide` shows all of it (code, too), `no-slide` nothing. Keys: arrows, F for the full screen, O for all slides at once;
+`?print-pdf` in the address and the browser's print make a PDF.
 """
 
+import ast
 import re
 import shutil
 import sys
@@ -27,15 +28,21 @@ CACHE = ROOT / "_build" / ".jupyter_cache"  # the outputs of the last build
 STATIC = ROOT / "_build" / "html" / "_static"
 OUT = ROOT / "_build" / "slides"
 ROLE = re.compile(r"\{[\w:]+\}`[^`]*`")
-FULL = 620  # characters on a slide; a formula, a row of a table or a line of a list counts as a line of 80
+FULL = 680  # the height of a slide in pixels; heights are estimated, the page itself makes what it shows fit
+MORE = 800  # a slide shrinks a little rather than leave one item or one sentence over
+FIGURE = 320  # the least height of a figure
+ROWS = 12  # of the longest table among the outputs that is shown
 IMAGES = ("image/svg+xml", "image/png")
+SHOWN = ("tml-frames", "tml-question", "dataframe")  # of the HTML that cells put out
+LEFT_OUT = ("Exercises", "Further reading")
 
 
 def without_roles(text):
-    """A text without its citations and references: brackets that hold nothing else go with them."""
-    text = re.sub(rf"\s*\(((?:see |chapter )?{ROLE.pattern}[;,\s]*(?:and )?)+\)", "", text)
+    """A text without its citations and references: brackets that begin with one go with it."""
+    text = re.sub(rf"\s*\((?:see |chapter )?{ROLE.pattern}[^()]*\)", "", text)
     text = re.sub(r"(?m)^(\$\$|.*\$\$) \([\w-]+\)$", r"\1", text)
-    return ROLE.sub("", text)
+    text = re.sub(rf"[,;]?\s*{ROLE.pattern}", "", text)
+    return re.sub(r"[,;]\s*\)", ")", text)
 
 
 def blocks(text):
@@ -66,11 +73,11 @@ def first_sentence(paragraph):
 
 
 def gist(text):
-    """(kind, text) for what of a Markdown cell belongs on a slide; kind is "h1", "h2", "h3" or "text"."""
+    """(kind, text) for what of a Markdown cell belongs on a slide; kind is "h1" to "h6" or "text"."""
     for block in blocks(without_roles(text)):
         heading = re.match(r"(#+) (.*)", block)
         if heading:
-            yield f"h{min(3, len(heading[1]))}", heading[2]
+            yield f"h{len(heading[1])}", heading[2]
             yield from gist(block.split("\n", 1)[1]) if "\n" in block else ()
         elif block.startswith(("<details>", "```", "    ")):
             continue
@@ -83,7 +90,7 @@ def gist(text):
 
 
 def shown(cell):
-    """The outputs of a code cell for a slide: its figures, and the text of a claim."""
+    """The outputs of a code cell for a slide: its figures, its slider, its short tables."""
     outputs = []
     for output in cell.get("outputs", ()):
         data = output.get("data", {})
@@ -91,6 +98,8 @@ def shown(cell):
         if found:
             alt = {found: {"alt": cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")}}
             outputs.append(v4.new_output("display_data", data={found: data[found]}, metadata=alt))
+        elif any(mark in data.get("text/html", "") for mark in SHOWN) and data["text/html"].count("<tr") <= ROWS + 1:
+            outputs.append(v4.new_output("display_data", data={"text/html": data["text/html"]}))
     return outputs
 
 
@@ -99,18 +108,42 @@ def claims(cell):
     if "NBVAL_CHECK_OUTPUT" not in cell.source:
         return ""
     text = "".join(output.text for output in cell.get("outputs", ()) if output.output_type == "stream")
-    return "\n".join(f"- {re.sub(r': True$', ' &#10003;', line.strip())}" for line in text.splitlines() if line.strip())
+    return "\n".join(
+        f"- {re.sub(r': True$', '&nbsp;&#10003;', line.strip())}" for line in text.splitlines() if line.strip()
+    )
 
 
 def in_the_open(cell):
-    """Whether a code cell is an algorithm that fits on a slide."""
-    lines = cell.source.splitlines()
-    return bool(lines) and lines[0].startswith(("def ", "class ")) and len(lines) <= 18
+    """The functions and classes with which a code cell begins, if they fit on a slide; else nothing."""
+    if not cell.source.startswith(("def ", "class ")):
+        return ""
+    ends = [
+        block.end_lineno for block in ast.parse(cell.source).body if isinstance(block, ast.FunctionDef | ast.ClassDef)
+    ]
+    lines = cell.source.splitlines()[: ends[-1]]
+    return "\n".join(lines) if len(lines) <= 18 and max(map(len, lines)) <= 100 else ""
 
 
-def size(text):
+def height(text):
+    """About how many pixels a Markdown block takes on a slide, at some 65 letters a line."""
     lines = text.splitlines()
-    return 80 * len(lines) if text.startswith(("$$", "|")) else max(70, len(text))
+    if text.startswith("$$"):
+        return 70 + 50 * (text.count(r"\\") + 1)
+    if text.startswith("|"):
+        return 20 + sum(34 * -(-len(line) // 95) for line in lines if not line.startswith("|-"))
+    if text.startswith("- "):
+        return sum(8 + 42 * -(-len(line) // 62) for line in lines)
+    return (50 if text.startswith("> ") else 12) + 37 * -(-len(text) // 65)
+
+
+def tables(text):
+    """A long table as shorter ones, each under the same head; any other text as it is."""
+    head, rows = text.splitlines()[:2], text.splitlines()[2:]
+    parts = -(-height(text) // (FULL - 120)) if text.startswith("|") else 1
+    if parts == 1:
+        return [text]
+    cuts = [round(part * len(rows) / parts) for part in range(parts + 1)]
+    return ["\n".join(head + rows[first:last]) for first, last in zip(cuts, cuts[1:], strict=False)]
 
 
 class Deck:
@@ -118,6 +151,14 @@ class Deck:
 
     def __init__(self):
         self.cells, self.used, self.title = [], 0, ""
+        self.before = self.start = None  # height of the slide that the present one goes on with, and where it goes on
+
+    def close(self):
+        """The end of a slide. One that only went on for a line or two goes back into the slide before it."""
+        if self.before is not None and self.used <= 80 + 170 and self.before + self.used - 80 <= MORE:
+            del self.cells[self.start]
+            self.used += self.before - 80
+        self.before = None
 
     def add(self, cell, kind, weight):
         cell.metadata["slideshow"] = {"slide_type": kind}
@@ -125,32 +166,42 @@ class Deck:
         self.cells.append(cell)
 
     def heading(self, level, text):
+        self.close()
         self.title = text
         mark = "slide" if level in ("h1", "h2") else "subslide"
-        self.add(v4.new_markdown_cell(f"{'#' * int(level[1])} {text}"), mark, 80)
+        self.add(v4.new_markdown_cell(f"{'#' * min(3, int(level[1]))} {text}"), mark, 80)
+
+    def next(self):
+        self.close()
+        self.before, self.start = self.used, len(self.cells)
+        self.add(v4.new_markdown_cell(f"### {self.title}"), "subslide", 80)
+
+    def put(self, cell, weight):
+        """A block, on the next slide if it does not fit on this one."""
+        goes_on = cell.source.startswith("- ") and self.cells[-1].source.startswith("- ")
+        if self.used + weight > (MORE if goes_on else FULL) and self.used > 80:
+            self.next()
+        self.add(cell, "-", weight)
 
     def text(self, text):
-        if self.used + size(text) > FULL and self.used > 80:
-            self.add(v4.new_markdown_cell(f"### {self.title}"), "subslide", 80)
-        self.add(v4.new_markdown_cell(text), "-", size(text))
+        for part in tables(text):
+            self.put(v4.new_markdown_cell(part), height(part))
 
-    def code(self, cell):
-        weight = 45 * len(cell.source.splitlines())
-        if self.used + weight > FULL:
-            self.add(v4.new_markdown_cell(f"### {self.title}"), "subslide", 80)
-        self.add(v4.new_code_cell(cell.source), "-", weight)
+    def code(self, source):
+        self.put(v4.new_code_cell(source), 20 + 28 * len(source.splitlines()))
 
     def figure(self, outputs, caption):
-        if self.used > 160:
-            self.add(v4.new_markdown_cell(f"### {self.title}"), "subslide", 80)
-        self.add(v4.new_code_cell("", outputs=outputs, metadata={"tags": ["only-output"]}), "-", 480)
+        for output in outputs:
+            rows = output.data.get("text/html", "").count("<tr")
+            cell = v4.new_code_cell("", outputs=[output], metadata={"tags": ["only-output"]})
+            self.put(cell, 20 + 40 * rows if rows else FIGURE)
         if caption:
-            self.add(v4.new_markdown_cell(f"<figcaption>{caption}</figcaption>"), "-", 80)
+            self.add(v4.new_markdown_cell(f"<figcaption>{caption}</figcaption>"), "-", 50)
 
 
 def deck(notebook):
     """The notebook of a chapter's slides."""
-    slides = Deck()
+    slides, left_out = Deck(), ""  # left_out: the level of the heading whose section is being skipped
     for cell in notebook.cells:
         tags = set(cell.metadata.get("tags", ()))
         if "no-slide" in tags:
@@ -158,21 +209,21 @@ def deck(notebook):
         if cell.cell_type == "markdown":
             parts = [("text", without_roles(cell.source))] if "slide" in tags else gist(cell.source)
             for kind, text in parts:
-                if text in ("Exercises", "Further reading"):
-                    break
-                (slides.text(text) if kind == "text" else slides.heading(kind, text))
-            else:
-                continue
-            break
-        if cell.cell_type == "code":
+                if kind != "text" and (not left_out or kind <= left_out):
+                    left_out = kind if text in LEFT_OUT else ""
+                if not left_out:
+                    (slides.text(text) if kind == "text" else slides.heading(kind, text))
+        elif cell.cell_type == "code" and not left_out:
             outputs = shown(cell)
             figure = cell.metadata.get("mystnb", {}).get("figure", {}).get("caption", "")
-            if "slide" in tags or (in_the_open(cell) and not outputs):
-                slides.code(cell)
+            source = cell.source if "slide" in tags else "" if outputs else in_the_open(cell)
+            if source:
+                slides.code(source)
             if claims(cell):
                 slides.text(claims(cell))
             if outputs:
                 slides.figure(outputs, without_roles(figure))
+    slides.close()
     notebook = v4.new_notebook(cells=slides.cells, metadata={"title": slides.cells[0].source.lstrip("# ")})
     return notebook
 
