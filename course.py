@@ -9,6 +9,7 @@ interrupted at any moment and started again. Python 3.10 or later and a package 
 """
 
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -106,6 +107,40 @@ def drop_stale_outputs():
         mark.write_text(inputs, encoding="utf-8")
 
 
+def first_heading(file):
+    """The title of a page, which the side of every other page repeats."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        text = "".join(json.loads(text)["cells"][0]["source"])
+    return next((line for line in text.splitlines() if line.startswith("# ")), "")
+
+
+def frame_inputs():
+    """A hash of what all pages share: settings, extensions, styles, sources, titles. A change of it rewrites them all."""
+    folders = [path for name in ("_ext", "_static") for path in (ROOT / "book" / name).rglob("*")]
+    files = [
+        ROOT / "_config.yml",
+        ROOT / "_toc.yml",
+        ROOT / "constraints.txt",
+        *(ROOT / "book").glob("*.bib"),
+        *folders,
+    ]
+    parts = [
+        hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(files)
+        if file.suffix != ".pyc" and file.is_file()
+    ]
+    pages = sorted([*(ROOT / "book").glob("*.md"), *(ROOT / "book").glob("*.ipynb")])
+    return digest(run_inputs(), *parts, *(first_heading(page) for page in pages))
+
+
+def built_pages():
+    """Page -> hash of the built page."""
+    html = ROOT / "_build" / "html"
+    files = {path.relative_to(html).with_suffix("").as_posix(): path for path in html.rglob("*.html")}
+    return {page: hashlib.sha256(path.read_bytes()).hexdigest() for page, path in files.items()}
+
+
 def book(arguments):
     """run every chapter, build the book into _build/html and check the finished pages"""
     python = course_environment()
@@ -113,14 +148,26 @@ def book(arguments):
     drop_stale_outputs()
     # Matplotlib lists the machine's fonts on its first import and says so on stderr, which would fail the build.
     run(python, "-c", "import matplotlib.font_manager")
-    # -W: a chapter that fails, fails the build. --all: also the second time.
-    build = [*BUILD, "-W", "-n", "--keep-going", "--all"]
+    # -W: a chapter that fails, fails the build.
+    build, mark = [*BUILD, "-W", "-n", "--keep-going"], ROOT / "_build" / "frame-inputs"
+    inputs, before = frame_inputs(), built_pages()
+    whole = not mark.is_file() or mark.read_text(encoding="utf-8") != inputs
     # In UTC, because the execution cache keeps its times without a zone.
-    status = run(python, *build, *arguments, TQDM_DISABLE="1", TZ="UTC")
+    status = run(python, *build, *["--all"] * whole, *arguments, TQDM_DISABLE="1", TZ="UTC")
     if status:
+        # What was read without its warnings being mended must be read again.
+        shutil.rmtree(str(ROOT / "_build" / ".doctrees"), ignore_errors=True)
+        mark.unlink(missing_ok=True)
         print("The book was not built. What a chapter said when it failed: _build/html/reports/")
         return status
-    status = run(python, "-m", "pytest", "-m", "built", "tests/test_book.py", "tests/test_browser.py")
+    changed = [page for page, content in built_pages().items() if before.get(page) != content]
+    # Pages that are as they were have passed before.
+    only = {} if whole else {"TMLCOURSE_PAGES": " ".join(changed)}
+    status = run(python, "-m", "pytest", "-m", "built", "tests/test_book.py", "tests/test_browser.py", **only)
+    if status:
+        mark.unlink(missing_ok=True)
+    else:
+        mark.write_text(inputs, encoding="utf-8")
     print("The book: " + (ROOT / "_build" / "html" / "index.html").as_uri())
     return status
 
@@ -138,14 +185,13 @@ def lab(arguments):
 
 
 def bench(arguments):
-    """compare with the peers, in an environment of their own: all of benchmarks/, or one file with its options"""
+    """compare with the peers: every bar in one table (--quick, --only, --out), or one file of benchmarks/ with its options"""
     wanted = re.compile("(" + "|".join(BENCH_PINS) + ")==")
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     python = environment(".venv-bench", "bench", "\n".join(line for line in lines if wanted.match(line)) + "\n")
-    status = run(python, "-m", "pytest", "tests/test_attack_peers.py", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
-    for command in [arguments] if arguments else [[file] for file in sorted((ROOT / "benchmarks").glob("*.py"))]:
-        status = run(python, *command, TQDM_DISABLE="1") or status
-    return status
+    if arguments and not arguments[0].startswith("-"):
+        return run(python, *arguments, TQDM_DISABLE="1")
+    return run(python, "benchmarks/bars.py", *arguments, TQDM_DISABLE="1")
 
 
 def clean_notebooks(arguments):

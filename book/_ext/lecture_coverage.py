@@ -7,7 +7,7 @@ import csv
 from pathlib import Path
 
 from docutils import nodes
-from pages import find, link, table
+from pages import find, holding, link, table
 from sphinx.errors import ExtensionError
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxDirective
@@ -70,5 +70,6 @@ class FillLectureCoverage(SphinxPostTransform):
 def setup(app):
     app.add_node(LectureCoverage)
     app.add_directive("lecture-coverage", LectureCoverageDirective)
+    app.connect("env-updated", lambda app, env: holding(env, LectureCoverage))
     app.add_post_transform(FillLectureCoverage)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
