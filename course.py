@@ -152,21 +152,17 @@ def book(arguments):
     build, mark = [*BUILD, "-W", "-n", "--keep-going"], ROOT / "_build" / "frame-inputs"
     inputs, before = frame_inputs(), built_pages()
     whole = not mark.is_file() or mark.read_text(encoding="utf-8") != inputs
+    mark.unlink(missing_ok=True)  # comes back when all is well: what an unfinished build has read may hide warnings
     # In UTC, because the execution cache keeps its times without a zone.
     status = run(python, *build, *["--all"] * whole, *arguments, TQDM_DISABLE="1", TZ="UTC")
     if status:
-        # What was read without its warnings being mended must be read again.
-        shutil.rmtree(str(ROOT / "_build" / ".doctrees"), ignore_errors=True)
-        mark.unlink(missing_ok=True)
         print("The book was not built. What a chapter said when it failed: _build/html/reports/")
         return status
     changed = [page for page, content in built_pages().items() if before.get(page) != content]
     # Pages that are as they were have passed before.
     only = {} if whole else {"TMLCOURSE_PAGES": " ".join(changed)}
     status = run(python, "-m", "pytest", "-m", "built", "tests/test_book.py", "tests/test_browser.py", **only)
-    if status:
-        mark.unlink(missing_ok=True)
-    else:
+    if not status:
         mark.write_text(inputs, encoding="utf-8")
     print("The book: " + (ROOT / "_build" / "html" / "index.html").as_uri())
     return status
