@@ -179,7 +179,7 @@ def _table(report, section: str) -> str:
     title = html.escape(TITLES[section])
     return (
         f'<div class="scroll" role="region" aria-label="{title}" tabindex="0"><table>'
-        f'<caption class="hidden">{title}: measurements</caption>'
+        f'<caption class="hidden">{title}</caption>'
         f"{_rows(report, section)}</table></div>"
     )
 

@@ -208,7 +208,9 @@ def _backdoor(case: Case, seen: dict) -> Iterator[Row]:
 def _leakage(case: Case, seen: dict) -> Iterator[Row]:
     """Does the loss tell who was in the training data?"""
     if case.train is None:
-        yield _unmeasured("leakage", "membership", "No training data given: `train=`; chapter 16.")
+        yield _unmeasured(
+            "leakage", "membership", "No training data were given (the argument named train); see chapter 16."
+        )
         return
     members = membership_inference(case.model, *case.train)
     others = membership_inference(case.model, case.x, case.y)
@@ -319,7 +321,9 @@ def _gaps(case: Case, seen: dict) -> Iterator[Row]:
                   len(right), "caution" if p < 0.05 else "fine",
                   f"With names drawn by lot a gap as large comes up in {p:.1%} of the draws. Chapter 17.")  # fmt: skip
     if case.groups is None:
-        yield _unmeasured("gaps", "accuracy by group", "No groups given: `groups=`; chapter 17.")
+        yield _unmeasured(
+            "gaps", "accuracy by group", "No groups were given (the argument named groups); see chapter 17."
+        )
 
 
 def _gap_by_chance(codes: np.ndarray, right: np.ndarray, seed: int, draws: int = 1000) -> tuple[float, float]:
