@@ -154,7 +154,10 @@ def book(arguments):
     whole = not mark.is_file() or mark.read_text(encoding="utf-8") != inputs
     mark.unlink(missing_ok=True)  # comes back when all is well: what an unfinished build has read may hide warnings
     # In UTC, because the execution cache keeps its times without a zone.
-    status = run(python, *build, *["--all"] * whole, *arguments, TQDM_DISABLE="1", TZ="UTC")
+    quiet = {"TQDM_DISABLE": "1", "TZ": "UTC"}
+    # One thread each, as in the tests.
+    run(python, "tools/execute.py", OMP_NUM_THREADS="1", **quiet)
+    status = run(python, *build, *["--all"] * whole, *arguments, **quiet)
     if status:
         print("The book was not built. What a chapter said when it failed: _build/html/reports/")
         return status
