@@ -164,7 +164,9 @@ def book(arguments):
     changed = [page for page, content in built_pages().items() if before.get(page) != content]
     # Pages that are as they were have passed before.
     only = {} if whole else {"TMLCOURSE_PAGES": " ".join(changed)}
-    status = run(python, "-m", "pytest", "-m", "built", "tests/test_book.py", "tests/test_browser.py", **only)
+    side_by_side = [] if whole else ["-n", "2"]
+    checks = ("-m", "built", "tests/test_book.py", "tests/test_browser.py", *side_by_side)
+    status = run(python, "-m", "pytest", *checks, **only)
     if not status:
         mark.write_text(inputs, encoding="utf-8")
     print("The book: " + (ROOT / "_build" / "html" / "index.html").as_uri())

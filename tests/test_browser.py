@@ -170,7 +170,7 @@ def test_without_javascript_a_slider_shows_one_frame(browser, site):
 
 def test_the_tests_see_what_they_look_for(visit, site):
     """A page with every fault: complaints, a request to elsewhere, a barrier."""
-    tab = visit(PAGES[0])
+    tab = visit(TOC["root"])
     tab.evaluate("""() => {
         console.error('a fault');
         fetch('https://example.org/').catch(() => null);
