@@ -19,6 +19,16 @@ def skip_or_fail(reason):
     (pytest.fail if MUST_RUN else pytest.skip)(reason)
 
 
+# After a second build of the book, only the pages that it changed are checked.
+CHANGED_PAGES = os.environ.get("TMLCOURSE_PAGES")
+whole_book = pytest.mark.skipif(CHANGED_PAGES is not None, reason="only some pages of the book have changed")
+
+
+def checked(pages):
+    """Those of the book's pages that the tests of the built book look at."""
+    return [page for page in pages if CHANGED_PAGES is None or page in CHANGED_PAGES.split()]
+
+
 # A chapter lasts a minute or two: all of them on one worker, or begun last, would keep the other workers waiting.
 CHAPTER = "test_the_chapter_runs_alone"
 

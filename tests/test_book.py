@@ -4,7 +4,6 @@
 """
 
 import io
-import os
 import re
 import urllib.parse
 from html.parser import HTMLParser
@@ -14,6 +13,7 @@ import nbformat
 import pytest
 import stamp
 import yaml
+from conftest import checked
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,13 +22,7 @@ TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
 NOTEBOOKS = [page for page in PAGES if (ROOT / f"{page}.ipynb").is_file()]
 CHAPTERS = [page for page in NOTEBOOKS if page.startswith("book/")]  # homework is shown as it is handed out: not run
-# After a second build, only the pages that it changed.
-CHANGED = os.environ.get("TMLCOURSE_PAGES")
 pytestmark = pytest.mark.built
-
-
-def checked(pages):
-    return [page for page in pages if CHANGED is None or page in CHANGED.split()]
 
 
 class Elements(HTMLParser):

@@ -3,7 +3,6 @@
 import functools
 import html
 import http.server
-import os
 import re
 import threading
 from pathlib import Path
@@ -15,18 +14,14 @@ import pytest
 import slides
 import yaml
 from axe_playwright_python.sync_playwright import Axe
-from conftest import skip_or_fail
+from conftest import checked, skip_or_fail, whole_book
 
 ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build" / "html"
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
 CHAPTERS = [page for page in PAGES if re.match(r"book/(\d\d|appendix)-", page)]
-# After a second build, only the pages that it changed.
-CHANGED = os.environ.get("TMLCOURSE_PAGES")
-if CHANGED is not None:
-    PAGES, CHAPTERS = ([page for page in pages if page in CHANGED.split()] for pages in (PAGES, CHAPTERS))
-whole_book = pytest.mark.skipif(CHANGED is not None, reason="only some pages of the book have changed")
+PAGES, CHAPTERS = checked(PAGES), checked(CHAPTERS)
 WIDTHS = (360, 768, 1280)
 # Two extensions of Jupyter Book write the same inline script.
 HARMLESS = re.compile("Identifier 'THEBE_JS_URL' has already been declared")

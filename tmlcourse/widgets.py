@@ -24,17 +24,20 @@ _MOVED = (
 )
 
 
-def _webp(figure: Figure) -> bytes:
-    """The figure as WebP: lossless where that is the smaller file (lines), at quality 85 where not (photographs)."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=figure.dpi, facecolor="white")
-    image = Image.open(buffer).convert("RGB")
+def as_webp(picture: Image.Image) -> bytes:
+    """A picture's WebP file: lossless (drawings) or at quality 85 (photographs), whichever is smaller."""
     files = []
     for options in ({"lossless": True, "quality": 60, "method": 4}, {"quality": 85, "method": 6}):
         file = io.BytesIO()
-        image.save(file, format="webp", **options)
+        picture.save(file, format="webp", **options)
         files.append(file.getvalue())
     return min(files, key=len)
+
+
+def _webp(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=figure.dpi, facecolor="white")
+    return as_webp(Image.open(buffer).convert("RGB"))
 
 
 def _img(frame: bytes, alt: str, *, shown: bool = True) -> str:

@@ -7,33 +7,19 @@ need a kernel, marks around code in the colour of all code, and the line by whic
 
 import base64
 import hashlib
-import io
 import re
 from pathlib import Path
 
 from docutils import nodes
 from PIL import Image
 from sphinx.transforms.post_transforms import SphinxPostTransform
+from tmlcourse.widgets import as_webp
 
 FRAME = re.compile(r'src="data:image/webp;base64,([^"]+)"')
 CLAIM = '<span class="c1"># NBVAL_CHECK_OUTPUT</span>\n'
 PLAIN_CODE = re.compile(r'<span class="[npw]">([^<]*)</span>')
 WAIT = ' loading="lazy" decoding="async"'
 REACHED = "this.querySelectorAll('img').forEach(e=>e.loading='eager')"
-LOSSLESS, LOSSY = (
-    {"lossless": True, "quality": 60, "method": 4},
-    {"quality": 85, "method": 6},
-)
-
-
-def as_webp(picture):
-    """The PNG file's picture as WebP: lossless (drawings) or at quality 85 (photographs), whichever is smaller."""
-    image, files = Image.open(picture), []
-    for options in (LOSSLESS, LOSSY):
-        file = io.BytesIO()
-        image.save(file, format="webp", **options)
-        files.append(file.getvalue())
-    return min(files, key=len)
 
 
 class LightPictures(SphinxPostTransform):
@@ -60,7 +46,8 @@ class LightPictures(SphinxPostTransform):
         )  # kept: drawn once, encoded once
         if not lighter.is_file():
             lighter.parent.mkdir(exist_ok=True)
-            lighter.write_bytes(as_webp(picture))
+            with Image.open(picture) as opened:
+                lighter.write_bytes(as_webp(opened))
         if lighter.stat().st_size < picture.stat().st_size:
             image["uri"] = str(lighter)
             image["candidates"] = {"*": str(lighter)}
