@@ -297,6 +297,11 @@ def test_loss_surface_has_its_extent_marks_and_path():
     assert plot.loss_surface(np.ones((3, 3)), (0, 1, 0, 1)).axes  # a flat surface is one too
 
 
+def test_loss_surfaces_with_the_same_limits_have_the_same_colours():
+    scales = [plot.loss_surface(SURFACE * k, (0, 1, 0, 1), limits=(-50, 50)).axes[1].get_ylim() for k in (0.1, 1.0)]
+    assert scales[0] == scales[1] == (-50, 50)
+
+
 def test_loss_surface_is_not_upside_down():
     ax = plot.loss_surface([[0.0, 0.0], [1.0, 1.0]], (0, 1, 0, 1)).axes[0]
     darkest = ax.collections[0].get_paths()[0].vertices
@@ -412,6 +417,7 @@ BAD = [
     (lambda: plot.loss_surface([[1, 2]], (0, 1, 0, 1)), ValueError, r"values: got shape \(1, 2\)"),
     (lambda: plot.loss_surface(SURFACE * NAN, (0, 1, 0, 1)), ValueError, "values: got NaN"),
     (lambda: plot.loss_surface(SURFACE, (0, 1)), ValueError, "extent: got"),
+    (lambda: plot.loss_surface(SURFACE, (0, 1, 0, 1), limits=(0, 1e-3)), ValueError, "limits: got"),
     (lambda: plot.loss_surface(SURFACE, (0, 1, 0, 1), path=[(1, 2, 3)]), ValueError, r"path: got shape \(1, 3\)"),
     (lambda: plot.loss_surface(SURFACE, (0, 1, 0, 1), marks=[(1, 2)]), TypeError, "marks: got list"),
     (lambda: plot.loss_surface(SURFACE, (0, 1, 0, 1), marks={"a": [1]}), ValueError, r"marks\['a'\]: want two"),

@@ -527,13 +527,15 @@ def _arrow(ax: Axes, end: np.ndarray, colour: str, dashes, width: float) -> None
 
 
 @_styled
-def loss_surface(values, extent, *, marks=None, path=None, data_name: str = "",
+def loss_surface(values, extent, *, limits=None, marks=None, path=None, data_name: str = "",
                  axis_labels=("along the gradient", "along a random direction"), label: str = "loss (cross-entropy)",
                  ax: Axes | None = None) -> Figure:  # fmt: skip
     """A loss over two directions as filled contours with lines, with points and the path of an attack on it.
 
     values: (rows, columns), at least 2 x 2; row 0 is the bottom. extent: (left, right, bottom, top).
-    marks: dict label -> (x, y). path: (T, 2). Raises ValueError for other shapes, NaN or infinite values.
+    limits: (low, high) of the colours, to compare surfaces; without, the least and the largest of the values.
+    marks: dict label -> (x, y). path: (T, 2).
+    Raises ValueError for other shapes, NaN or infinite values, and values outside the limits.
 
     Example:
         >>> u, v = np.meshgrid(np.linspace(-1, 1, 21), np.linspace(-1, 1, 21))
@@ -543,6 +545,12 @@ def loss_surface(values, extent, *, marks=None, path=None, data_name: str = "",
     if min(values.shape) < 2:
         raise ValueError(f"values: got shape {values.shape}, want at least (2, 2)")
     left, right, bottom, top = _extent(extent, "extent")
+    low, high = values.min(), values.max()
+    if limits is not None:
+        limits = _array(limits, "limits", 1)
+        if len(limits) != 2 or not limits[0] <= low <= high <= limits[1]:
+            raise ValueError(f"limits: got {limits}, want (low, high) around the values' {low:.6g} to {high:.6g}")
+        low, high = limits
     if marks is not None and not isinstance(marks, dict):
         raise TypeError(f"marks: got {type(marks).__name__}, want a dict label -> (x, y)")
     marks = {str(name): _array(point, f"marks[{name!r}]", 1) for name, point in (marks or {}).items()}
@@ -555,7 +563,6 @@ def loss_surface(values, extent, *, marks=None, path=None, data_name: str = "",
 
     own, ax = ax is None, _axes(ax, 4.0, grid=None)
     u, v = np.linspace(left, right, values.shape[1]), np.linspace(bottom, top, values.shape[0])
-    low, high = values.min(), values.max()
     levels = np.linspace(low, high if high > low else low + 1, 15)
     filled = ax.contourf(u, v, values, levels=levels, cmap="viridis")
     if high > low:

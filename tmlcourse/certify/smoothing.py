@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from scipy.stats import binom, norm
+from scipy.special import bdtrc, ndtri
 from torch import Tensor
 
 from .. import checks, progress, randomness
@@ -77,7 +77,7 @@ def smooth(
         hits = draw(n, bar).gather(1, chosen).squeeze(1)
     lower = torch.from_numpy(clopper_pearson(hits.cpu().numpy(), n, 1 - 2 * alpha)[0]).to(x.device)  # one end alone
     sure = lower > 0.5
-    radius = torch.from_numpy(norm.ppf(lower.clamp_min(0.5).cpu().numpy())).to(x.device) * sigma
+    radius = torch.from_numpy(ndtri(lower.clamp_min(0.5).cpu().numpy())).to(x.device) * sigma
     return Smoothed(torch.where(sure, chosen.squeeze(1), -1), radius, lower)
 
 
@@ -106,7 +106,7 @@ def predict_smoothed(
     with progress.bar(total=len(x) * n, desc="smooth", unit="copy") as bar:
         votes, labels = draw(n, bar).topk(2, dim=1)
     first, second = votes.cpu().numpy().T
-    chance = 2 * binom.sf(first - 1, first + second, 0.5)  # twice one tail: above 1 on a tie
+    chance = 2 * bdtrc(first - 1, first + second, 0.5)  # twice P(Binomial >= first): above 1 on a tie
     return torch.where(torch.from_numpy(chance <= alpha).to(x.device), labels[:, 0], -1)
 
 
