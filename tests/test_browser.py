@@ -31,6 +31,14 @@ LOAD_ALL = """async () => {
     shown.forEach(image => { image.loading = "eager"; });
     await Promise.all(shown.map(image => image.decode().catch(() => 0)));
 }"""
+# Pictures that are wider or narrower than they were drawn: their alt texts.
+DISTORTED = """() => [...document.images].filter(image => {
+    const style = getComputedStyle(image), inner = (size, ...sides) => size - sides.reduce(
+        (sum, side) => sum + parseFloat(style["padding" + side]) + parseFloat(style["border" + side + "Width"]), 0);
+    const width = inner(image.offsetWidth, "Left", "Right"), height = inner(image.offsetHeight, "Top", "Bottom");
+    return width > 0 && image.naturalWidth
+        && Math.abs(width / height * image.naturalHeight / image.naturalWidth - 1) > 0.03;
+}).map(image => image.alt)"""
 pytestmark = pytest.mark.built
 
 
@@ -95,16 +103,17 @@ def complaints(tab):
 def test_the_page_in_a_browser(visit, page, scheme):
     tab = visit(page, scheme, WIDTHS[0])
     assert tab.evaluate("document.documentElement.dataset.theme") == scheme
+    tab.evaluate(LOAD_ALL)
+    hidden_or_whole = "all => all.every(one => one.naturalWidth || !one.checkVisibility())"
+    assert tab.locator("img").evaluate_all(hidden_or_whole), "a picture did not load"
     for width in WIDTHS:
         tab.set_viewport_size({"width": width, "height": 900})
         assert tab.evaluate("document.documentElement.scrollWidth") <= width, f"scrolls sideways at {width}"
+        assert tab.evaluate(DISTORTED) == [], f"squeezed at {width}"
     formulas = tab.locator(".math")
     assert formulas.evaluate_all("all => all.filter(one => !one.querySelector('mjx-container')).length") == 0
     assert tab.locator("mjx-merror").count() == 0
     assert not re.search(r"\\\(|\\\[", tab.inner_text("article")), "a formula was left raw"
-    tab.evaluate(LOAD_ALL)
-    hidden_or_whole = "all => all.every(one => one.naturalWidth || !one.checkVisibility())"
-    assert tab.locator("img").evaluate_all(hidden_or_whole), "a picture did not load"
     assert complaints(tab) == []
     assert tab.outside == []
 

@@ -18,6 +18,7 @@ from tmlcourse.widgets import as_webp
 FRAME = re.compile(r'src="data:image/webp;base64,([^"]+)"')
 CLAIM = '<span class="c1"># NBVAL_CHECK_OUTPUT</span>\n'
 PLAIN_CODE = re.compile(r'<span class="[npw]">([^<]*)</span>')
+SIZE = re.compile(r'style="width: (\d+)px; height: (\d+)px;"')
 WAIT = ' loading="lazy" decoding="async"'
 REACHED = "this.querySelectorAll('img').forEach(e=>e.loading='eager')"
 
@@ -77,7 +78,9 @@ def lighten(app, pagename, templatename, context, doctree):
     ]
     if "body" in context:
         body = PLAIN_CODE.sub(r"\1", context["body"].replace(CLAIM, ""))
-        # A picture whose size is known can come late: nothing jumps.
+        # A picture whose size is known can come late: nothing jumps. As attributes, since a style would forbid the style
+        # sheet to keep the proportions where the page is narrower than the picture.
+        body = SIZE.sub(r'width="\1" height="\2"', body)
         context["body"] = re.sub(
             r'<img (?=[^>]*src="[^"]*_images/)(?![^>]*loading=)', f"<img{WAIT} ", body
         )
