@@ -4,6 +4,7 @@ import functools
 import html
 import http.server
 import re
+import statistics
 import threading
 from pathlib import Path
 from urllib.parse import quote, urljoin
@@ -222,14 +223,18 @@ def test_slides_run_and_fit(browser, tmp_path):
     tab.goto((slides.OUT / "03-gradient-attacks.html").as_uri(), wait_until="load")
     tab.wait_for_function("MathJax.startup.promise.then(() => Reveal.isReady())")
     total = tab.evaluate("Reveal.getTotalSlides()")
-    heights = []
+    heights, figures = [], []
+    shown = """() => [...Reveal.getCurrentSlide().querySelectorAll(".jp-OutputArea-output img")]
+        .map(image => image.getBoundingClientRect().height).filter(Boolean)"""
     for _ in range(total):
         slide = (
             "const slide = Reveal.getCurrentSlide(); return slide.scrollHeight * (parseFloat(slide.style.zoom) || 1)"
         )
         heights.append(tab.evaluate(f"() => {{{slide}}}"))
+        figures += tab.evaluate(shown)
         tab.evaluate("Reveal.next()")
     assert total > 20 and max(heights) <= 700
+    assert statistics.median(figures) >= 360, "figures too small for a lecture hall"
     assert tab.locator("mjx-container").count() > 20 and tab.locator("mjx-merror").count() == 0
     assert (errors, outside) == ([], [])
     tab.close()

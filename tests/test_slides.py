@@ -119,6 +119,18 @@ def test_a_full_slide_goes_on_below():
     assert sum(cell.source.startswith("$$") for cell in cells) == 8
 
 
+def test_a_figure_has_room():
+    drawn = v4.new_code_cell("plot.curves(x)", outputs=[v4.new_output("display_data", data={"image/png": "aa"})])
+    drawn.metadata["mystnb"] = {"figure": {"caption": "From `verify`."}}
+    text = v4.new_markdown_cell("## Words\n\n" + "\n\n".join(["$$\nx\n$$"] * 2))
+    cells = slides.deck(v4.new_notebook(cells=[text, drawn])).cells
+    assert [cell.source for cell in cells][-3:] == [
+        "### Words",
+        "",
+        "<figcaption>From <code>verify</code>.</figcaption>",
+    ]
+
+
 def test_one_line_is_not_left_over():
     text = "## Long\n\n" + "\n\n".join(["$$\nx\n$$"] * 5)
     cells = slides.deck(v4.new_notebook(cells=[v4.new_markdown_cell(text + "\n\nA last word.")])).cells

@@ -30,7 +30,7 @@ OUT = ROOT / "_build" / "slides"
 ROLE = re.compile(r"\{[\w:]+\}`[^`]*`")
 FULL = 680  # the height of a slide in pixels; heights are estimated, the page itself makes what it shows fit
 MORE = 800  # a slide shrinks a little rather than leave one item or one sentence over
-FIGURE = 320  # the least height of a figure
+FIGURE = 420  # the least height of a figure, which the last row of a lecture hall has to read
 ROWS = 12  # of the longest table among the outputs that is shown
 IMAGES = ("image/svg+xml", "image/png")
 SHOWN = ("tml-frames", "tml-question", "dataframe")  # of the HTML that cells put out
@@ -196,6 +196,7 @@ class Deck:
             cell = v4.new_code_cell("", outputs=[output], metadata={"tags": ["only-output"]})
             self.put(cell, 20 + 40 * rows if rows else FIGURE)
         if caption:
+            caption = re.sub(r"`([^`]+)`", r"<code>\1</code>", caption)  # inside HTML, Markdown is not read
             self.add(v4.new_markdown_cell(f"<figcaption>{caption}</figcaption>"), "-", 50)
 
 
