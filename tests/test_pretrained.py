@@ -6,11 +6,12 @@ import pickle
 import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from tmlcourse import data, models, pretrained, training
+from tmlcourse import certify, data, models, pretrained, training
 from tmlcourse.attacks import pgd, robust_accuracy
 from tmlcourse.attacks.layout import fast_layout
 from tmlcourse.threat import Linf
@@ -72,7 +73,11 @@ def test_published_fast_at_network_under_pgd_50_10(mnist, published):
 
 
 def test_published_wong_kolter_network_to_the_digit(mnist, published):
-    """Clean 1.80, FGSM 3.93, PGD 4.11 % error, as the authors ran them: 100 steps of .01 from x, unclipped, last point."""
+    """Clean 1.80, FGSM 3.93, PGD 4.11 % error, as the authors ran them: 100 steps of .01 from x, unclipped, last point.
+
+    PGD runs where the dual bound of the shipped table proves nothing; a proof that were wrong would make the count too
+    small. Of the proved images every tenth is attacked as well, and none falls.
+    """
     model, threat = published("wong-kolter-mnist-0.1"), Linf(0.1, box=None)
     fast = fast_layout(model, mnist.x)
 
@@ -81,15 +86,20 @@ def test_published_wong_kolter_network_to_the_digit(mnist, published):
         (g,) = torch.autograd.grad(training.cross_entropy(fast, x_adv, y)[0] * len(x), x_adv)
         return threat.ascend(x_adv.detach(), g, x, alpha)
 
+    def errors(which, steps, alpha):
+        wrong = 0
+        for index in torch.from_numpy(which).split(100):
+            x_adv, x, y = mnist.x[index], mnist.x[index], mnist.y[index]
+            for _ in range(steps):
+                x_adv = step(x_adv, x, y, alpha)
+            wrong += int((model(x_adv).argmax(1) != y).sum())
+        return wrong
+
+    proved = (certify.shipped_table("wong-kolter-mnist-0.1").dual_margin > 1e-4).to_numpy()
     assert round(1 - training.accuracy(model, mnist.x, mnist.y), 6) == 0.0180
-    errors = {"fgsm": 0, "pgd": 0}
-    for x, y in zip(mnist.x.split(100), mnist.y.split(100), strict=True):
-        errors["fgsm"] += int((model(step(x, x, y, 0.1)).argmax(1) != y).sum())
-        x_adv = x
-        for _ in range(100):
-            x_adv = step(x_adv, x, y, 0.01)
-        errors["pgd"] += int((model(x_adv).argmax(1) != y).sum())
-    assert errors == {"fgsm": 393, "pgd": 411}
+    assert errors(np.arange(len(mnist.x)), 1, 0.1) == 393
+    assert errors(np.flatnonzero(~proved), 100, 0.01) == 411
+    assert errors(np.flatnonzero(proved)[::10], 100, 0.01) == 0
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
