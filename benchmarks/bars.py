@@ -5,7 +5,8 @@
     python3 course.py bench --only pgd certify
     python3 course.py bench --out table.csv
 
-Each benchmark runs as a program of its own, one after the other, and hands over its bars.
+Each benchmark runs as a program of its own, one after the other, and hands over its bars. They are promised on MNIST:
+put it where `tmlcourse.data.load` finds it.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import pandas as pd
 import timing
+
+from tmlcourse import data
 
 HERE = Path(__file__).resolve().parent
 # Benchmark -> its options in a full and in a quick run. A name before a colon keeps two runs of one file apart.
@@ -84,6 +87,8 @@ def main(arguments=None) -> int:
     chosen = {name: runs for name, runs in RUNS.items() if name.split(":")[0] in (options.only or [name.split(":")[0]])}
     if unknown := set(options.only) - {name.split(":")[0] for name in RUNS}:
         parser.error(f"--only: got {', '.join(sorted(unknown))}, want some of {', '.join(RUNS)}")
+    if data.load("mnist", n=1, fallback="digits").name != "mnist":
+        print("MNIST is not here, for which the bars are promised: occlusion, for one, skips black squares")
     bars, broken = [] if options.only else [peers()], 0
     for name, (full, quick) in chosen.items():
         found, status = measured(name, quick if options.quick else full)
