@@ -138,6 +138,15 @@ def test_one_table_of_all_bars_and_the_exit_status_by_them(monkeypatch, tmp_path
         bars.main(["--only", "nobody"])
 
 
+@pytest.mark.parametrize("name, warned", [("mnist", False), ("digits-28x28", True)])
+def test_who_has_no_mnist_is_told(name, warned, monkeypatch, capsys):
+    monkeypatch.setattr(bars, "RUNS", {})
+    monkeypatch.setattr(bars, "peers", lambda: timing.at_most(2, "a", 0.0, 1.0))
+    monkeypatch.setattr(bars.data, "load", lambda *_, **__: types.SimpleNamespace(name=name))
+    assert bars.main([]) == 0
+    assert ("MNIST is not here" in capsys.readouterr().out) is warned
+
+
 def test_growth_fits_the_exponent_and_draws_time_and_memory(tmp_path):
     sizes = [2, 4, 8]
     assert growth.exponent(sizes, [3 * s**2 for s in sizes]) == pytest.approx(2)
