@@ -1,6 +1,7 @@
 """Certificates against brute force, auto_LiRPA's numbers, published networks, and attacks that try to break them."""
 
 import copy
+import functools
 import importlib
 import itertools
 import os
@@ -56,6 +57,8 @@ def net(kind="mlp", seed=0, scale=2.0, dtype=torch.float64):
                  nn.Linear(4, 3)],
         "dilated": [nn.Conv2d(1, 2, 2, dilation=2, padding="same"), nn.ReLU(), nn.Conv2d(2, 3, (3, 2), (1, 2), (1, 0)),
                     nn.ReLU(), nn.MaxPool2d(3, 1, 1), nn.Flatten(), nn.Linear(24, 3)],
+        "stacked": [nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 2, padding=1), nn.Conv2d(2, 2, 2, 1, 1),
+                    nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)],
     }[kind]  # fmt: skip
     model = nn.Sequential(*layers).to(dtype).eval()
     for m in model.modules():
@@ -78,7 +81,7 @@ def gaps(model, x, y):
     return z.gather(1, y[:, None]) - z
 
 
-KINDS = ("mlp", "deep", "conv", "normed", "pool", "dilated")
+KINDS = ("mlp", "deep", "conv", "normed", "pool", "dilated", "stacked")
 
 
 # --- what attacks can reach -------------------------------------------------------------------------------------------
@@ -333,22 +336,24 @@ def test_sparse_matrices_and_blocks_are_the_network(kind):
         z = after if block.activation is None else block.activation(after)
 
 
+@pytest.mark.parametrize("method", ["crown", "dual", "alpha-crown"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_windows_say_the_same_as_dense_rows(kind, monkeypatch):
-    """Chunks, windows and matrices for small windows change no bound."""
+def test_windows_say_the_same_as_dense_rows(kind, method, monkeypatch):
+    """Chunks, windows that reach over the edge and matrices for small windows change no bound."""
     model, x = net(kind, 5), images(3, 5)
     y = model(x).argmax(1)
-    expected = margins(model, x, y, 0.2)
+    bound = functools.partial(margins, model, x, y, 0.2, method=method, steps=5)
+    expected = bound()
     original = bounds_module._unit_rows
     monkeypatch.setitem(bounds_module._BUDGET, "cpu", 1)
-    assert torch.allclose(margins(model, x, y, 0.2, batch_size=2), expected, atol=1e-10)
+    assert torch.allclose(bound(batch_size=2), expected, atol=1e-10)
 
     def dense(block, *args):
         rows, started = original(block, *args)
-        return rows.dense(block.shape), started
+        return rows.dense(block.shapes[-1] if started else block.shape), started
 
     monkeypatch.setattr(bounds_module, "_unit_rows", dense)
-    assert torch.allclose(margins(model, x, y, 0.2), expected, atol=1e-10)
+    assert torch.allclose(bound(), expected, atol=1e-10)
 
 
 def test_bounds_can_be_differentiated():

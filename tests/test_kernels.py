@@ -279,6 +279,25 @@ def test_relu_backsubstitution_equals_its_reference(triton, seed, shape, layout,
     near(added, want_added)
 
 
+@given(seed=SEEDS, shape=st.sampled_from([(1, 9), (4, 50), (3, 2, 5, 5)]), look=st.booleans(), dual=st.booleans(),
+       open_ones=st.sampled_from([0, 0.1, 0.2]))  # fmt: skip
+@some
+def test_few_open_signs_are_looked_at_alone_and_the_answer_is_the_same(seed, shape, look, dual, open_ones):
+    """The reference takes a short cut where few lines differ; slopes of the rows' own keep it from that."""
+    a = draw_tensor(seed, (3 * shape[0], *shape[1:]) if look else shape)
+    image = torch.arange(shape[0], device=DEVICE).repeat(3) if look else None
+    z, unsure = draw_tensor(seed + 1, shape), draw_tensor(seed + 2, shape).abs() < open_ones
+    low, high = torch.where(unsure, -z.abs(), z), torch.where(unsure, z.abs(), z)
+    up, down = high.clamp_min(0), low.clamp_max(0)
+    slope = up / (up - down).clamp_min(1e-30)
+    below = slope if dual else (high > -low).float()
+    own = below if image is None else below[image]
+    found, added = backsubstitution.reference(a, below, slope, -slope * down, image)
+    want, want_added = backsubstitution.reference(a, below, slope, -slope * down, image, own=own)
+    assert torch.equal(found, want)
+    near(added, want_added)
+
+
 @given(seed=SEEDS)
 @some
 def test_what_comes_back_bounds_the_relu_from_below(seed):

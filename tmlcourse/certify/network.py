@@ -48,7 +48,8 @@ class Rows:
     """R linear functions of one layer's values, each for one image: value = sum(a * z[image]) + const.
 
     `a`: (R, *shape of the layer), or with `windows` (R, C, h, w), what the function says about the neurons in its window
-    (a window may reach over the edge; there `a` is zero). `size` sums |terms| of `const`: how much rounding it may hold.
+    (a window may reach over the edge; what `a` holds there means nothing, see `cut`). `size` sums |terms| of `const`: how
+    much rounding it may hold.
     """
 
     a: Tensor
@@ -62,20 +63,30 @@ class Rows:
         magnitude = added.detach().abs() if isinstance(added, Tensor) else abs(added)
         return Rows(a, self.image, self.const + added, self.size + magnitude, windows)
 
-    def at(self, values: Tensor) -> Tensor:
-        """`values` (N, *shape) of each row's image, cut to its window (zero beyond the edge): shaped like `a`."""
+    def seen(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """What of `values` (N, *shape) rows look at, each once, and which of it each row looks at, (R,).
+
+        Images from the first to the last that a row belongs to, or their windows (zero beyond the edge).
+        """
+        image = self.image if self.windows is None else self.windows.image
+        if not len(image):
+            return values[:0].expand(0, *self.a.shape[1:]), self.image
+        first, last = (v.item() for v in torch.aminmax(image))  # a chunk of rows looks at few images
+        values = values[first : last + 1]
         if self.windows is None:
-            return values.index_select(0, self.image)
+            return values, image - first
         h, w = self.a.shape[-2:]
         corner = self.windows.corner
         low, high = corner.amin(0).tolist(), corner.amax(0).tolist()
         top, left = max(0, -low[0]), max(0, -low[1])
         bottom, right = max(0, high[0] + h - values.shape[-2]), max(0, high[1] + w - values.shape[-1])
-        first, last = (v.item() for v in torch.aminmax(self.windows.image))  # a chunk of rows looks at few images
-        values = F.pad(values[first : last + 1], (left, right, top, bottom))
-        cut = values.unfold(2, h, 1).unfold(3, w, 1).permute(0, 2, 3, 1, 4, 5)
-        cut = cut[self.windows.image - first, corner[:, 0] + top, corner[:, 1] + left]
-        return cut.index_select(0, self.windows.row)
+        cut = F.pad(values, (left, right, top, bottom)).unfold(2, h, 1).unfold(3, w, 1).permute(0, 2, 3, 1, 4, 5)
+        return cut[image - first, corner[:, 0] + top, corner[:, 1] + left], self.windows.row
+
+    def at(self, values: Tensor) -> Tensor:
+        """What each row looks at, shaped like `a`."""
+        values, which = self.seen(values)
+        return values.index_select(0, which)
 
     def places(self, shape) -> tuple[Tensor, Tensor]:
         """Where the windows' members stand on a layer of this shape: rows (G, h) and columns (G, w), maybe beyond it."""
@@ -86,6 +97,8 @@ class Rows:
 
     def cut(self, shape) -> Rows:
         """The same rows with zeros where a window reaches over the edge of the layer."""
+        if self.windows is None:
+            return self
         y, x = self.places(shape)
         y, x = (y >= 0) & (y < shape[-2]), (x >= 0) & (x < shape[-1])
         if y.all() and x.all():
@@ -150,19 +163,33 @@ class Conv:
             return rows.with_(self._transpose(rows.a, shape, self.padding), added)
         reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
         size = [(n - 1) * s + r for n, s, r in zip(rows.a.shape[2:], self.stride, reach, strict=True)]
-        step, pad = (torch.tensor(v, device=rows.a.device) for v in (self.stride, self.padding))
-        windows = dataclasses.replace(rows.windows, corner=rows.windows.corner * step - pad)
         inner, outer = math.prod(rows.a.shape[1:]), shape[0] * size[0] * size[1]
         if inner * outer <= 2**17 and inner < len(rows.a):  # a small window: one matrix for all of them
-            units = torch.eye(inner, dtype=rows.a.dtype, device=rows.a.device).reshape(inner, *rows.a.shape[1:])
-            matrix = self._transpose(units, (shape[0], *size), (0, 0)).flatten(1)
-            a = (rows.a.flatten(1) @ matrix).reshape(-1, shape[0], *size)
+            units = torch.eye(outer, dtype=rows.a.dtype, device=rows.a.device).reshape(outer, shape[0], *size)
+            matrix = F.conv2d(units, self.weight, None, self.stride, 0, self.dilation, self.groups).flatten(1)
+            a = (rows.a.flatten(1) @ matrix.t()).reshape(-1, shape[0], *size)
         else:
             a = self._transpose(rows.a, (shape[0], *size), (0, 0))
-        rows = rows.with_(a, added, windows)
-        if size[0] >= shape[-2] and size[1] >= shape[-1]:
-            return rows.dense(shape)
-        return rows.cut(shape)
+        return self._settled(rows.with_(a, added, self._below(rows.windows)), shape)
+
+    def filters(self, image: Tensor, channel: Tensor, sign: Tensor, windows: Windows, shape) -> Rows | None:
+        """The rows sign * z[channel] at the places of `windows`, one layer down: the filters. None if they have gaps."""
+        if self.groups > 1 or self.dilation != (1, 1):
+            return None
+        const = self.bias[channel] * sign
+        both = torch.cat([self.weight, -self.weight])  # to take rows from as they are, with no product each
+        a = both.index_select(0, torch.where(sign > 0, channel, channel + len(self.weight)))
+        return self._settled(Rows(a, image, const, const.detach().abs(), self._below(windows)), shape)
+
+    def _below(self, windows: Windows) -> Windows:
+        """The windows of the layer below that these windows see."""
+        step, pad = (torch.tensor(v, device=windows.corner.device) for v in (self.stride, self.padding))
+        return dataclasses.replace(windows, corner=windows.corner * step - pad)
+
+    def _settled(self, rows: Rows, shape) -> Rows:
+        """Windows as large as the layer are of no use."""
+        h, w = rows.a.shape[-2:]
+        return rows.dense(shape) if h >= shape[-2] and w >= shape[-1] else rows
 
     def _transpose(self, a: Tensor, shape, padding) -> Tensor:
         """W^T a: (R, O, h, w) -> (R, *shape)."""

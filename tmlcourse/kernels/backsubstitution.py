@@ -70,10 +70,26 @@ def reference(a, below, slope, intercept, image=None, *, own=None) -> tuple[Tens
     def of_rows(lines: Tensor) -> Tensor:
         return lines if image is None else lines.index_select(0, image)
 
+    if own is None and (apart := _apart(below, slope, intercept)) is not None:
+        few = of_rows(apart)
+        at = a.flatten(1).gather(1, few)
+        lower, upper, offset = (of_rows(lines.flatten(1).gather(1, apart)) for lines in (below, slope, intercept))
+        back = (a * of_rows(below)).flatten(1).scatter_(1, few, at * torch.where(at > 0, lower, upper))
+        return back.view(a.shape), (at.clamp_max(0) * offset).sum(1)
     chosen = of_rows(slope)
     if own is not None or below is not slope:
         chosen = torch.where(a > 0, of_rows(below) if own is None else own, chosen)
     return a * chosen, (a.clamp_max(0) * of_rows(intercept)).flatten(1).sum(1)
+
+
+def _apart(below: Tensor, slope: Tensor, intercept: Tensor) -> Tensor | None:
+    """Where the two lines differ, and others to fill up: (N, most of an image); None if that is not few of them.
+
+    Both lines are one where a neuron's sign is known, so there is nothing to choose there. Most signs are known.
+    """
+    apart = ((below != slope) | (intercept != 0)).flatten(1)
+    most = int(apart.sum(1).amax()) if apart.numel() else 0
+    return apart.to(below.dtype).topk(most, 1).indices if 4 * most < apart.shape[1] else None
 
 
 def traffic(a: Tensor, slope: Tensor) -> int:
