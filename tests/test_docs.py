@@ -5,10 +5,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
-import platform
 import re
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -71,22 +68,6 @@ def example_names(item):
 def test_modules_say_what_they_are_and_their_doctests_pass(module):
     assert module.__doc__
     assert doctest.testmod(module).failed == 0
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_memory_that_was_used_is_not_asked_for_again():
-    """Three tensors of 8 MB again and again, as an attack's activations: no page faults after the first rounds."""
-    code = (
-        "import resource, torch, tmlcourse",
-        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
-        "for _ in range(20):",
-        "    before = faults()",
-        "    some = [torch.ones(2**21) for _ in range(3)]",
-        "    del some",
-        "print(faults() - before)",
-    )
-    run = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 100  # over a thousand without the package
 
 
 def test_setup_prints_one_line_and_seeds_all_three_generators(capsys):

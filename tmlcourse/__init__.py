@@ -17,11 +17,6 @@ try:
 except PackageNotFoundError:  # imported from a checkout that was never installed
     __version__ = "0+unknown"
 
-# glibc gives a large block back to the system at once and pays a page fault per 4 KiB of the next one: up to a quarter of
-# an attack's or a bound's time. It keeps blocks as large as the largest that it mapped and freed before, 32 MiB at most.
-# This one is never touched; other systems do not notice.
-torch.empty(2**25 - 2**16, dtype=torch.uint8)
-
 
 def setup(seed: int = 0) -> torch.device:
     """Begin a chapter: seed Python, NumPy and torch, choose the device, print one line that says with what it runs.
