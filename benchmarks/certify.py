@@ -6,7 +6,8 @@
 Bounds: CROWN against the dense reference (every row of every layer, all images at once), intervals against two matrix
 products a layer, each as the median ratio over rounds taken in turn. Programs: `verify` against the textbook program
 (interval bounds, every neuron a binary variable, one program a rival, PuLP's CBC) on the same images. Ours has a minute an
-image; where another one stops at `--limit` seconds, the ratio is a lower bound. `--decide N`: the exact error of the network that ships with the course, on N images.
+image; where another one stops at `--limit` seconds, the ratio is a lower bound. `--decide N`: the exact error of the network
+that ships with the course, on N images.
 """
 
 import functools

@@ -212,6 +212,14 @@ def test_trades_is_cross_entropy_plus_beta_times_the_largest_divergence(net, dig
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("last, passes", [(nn.Identity(), 5), (nn.Dropout(0.5), 6), (nn.LogSoftmax(1), 6)])
+def test_trades_asks_again_for_clean_logits_only_of_a_model_that_may_change_outside_training(digits, last, passes):
+    model, modes = nn.Sequential(*cnn(), last).train(), []
+    model.register_forward_hook(lambda module, inputs, z: modes.extend([module.training] * (len(z) == 8)))
+    trades(THREAT, steps=3)(model, digits.x[:8], digits.y[:8])
+    assert modes == [True, *[False] * (passes - 2), True]
+
+
 def test_mart_is_the_papers_formula(net, digits):
     x, y = digits.x[:30].double(), digits.y[:30]
     exact = cnn().double()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, kernels
+from .. import checks, kernels, models
 
 
 def cross_entropy(model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,6 +170,17 @@ def _deployed(model):
             module.training = training
 
 
+_STEADY = (
+    *(nn.Sequential, nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten),
+    *(nn.Identity, models.Normalize),
+)
+
+
+def _steady(model) -> bool:
+    """Whether a model is known to compute the same in training as in evaluation: layers of other types may not."""
+    return isinstance(model, nn.Module) and all(type(module) in _STEADY for module in model.modules())
+
+
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
@@ -274,7 +285,7 @@ def trades(threat, beta: float = 6.0, steps: int = 10, alpha: float | None = Non
             return clean, z
         with _deployed(model):
             with torch.no_grad():
-                here = model(x).log_softmax(1)
+                here = (z if _steady(model) else model(x)).log_softmax(1)
             x_adv, _ = _climb(model, x, y, _nearby(x, threat), threat, steps, alpha, lambda there, y: _kl(here, there))
         return clean + beta * _kl(z.log_softmax(1), model(x_adv)).mean(), z
 
