@@ -25,10 +25,11 @@ from ..threat import L1, L2, Linf
 from .ascent import LARGEST, ascent_step
 from .dispatch import installed, mode
 
-PLAIN = (
+STEADY = (  # the same in training as in evaluation
     nn.Sequential, nn.Linear, nn.Conv2d, nn.ReLU, nn.Flatten, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity,
-    nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout, Normalize,
+    Normalize,
 )  # fmt: skip
+PLAIN = (*STEADY, nn.BatchNorm1d, nn.BatchNorm2d, nn.Dropout)
 WARM_UP = 3  # runs before recording, as PyTorch's documentation asks: libraries choose their algorithms in them
 KEPT = 8  # recordings kept for one network; each holds the memory of one step
 _SEEN = object()  # in the place of a recording: such a batch came once

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, kernels, models
+from .. import checks, kernels
+from ..kernels.graphs import STEADY
 
 
 def cross_entropy(model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,15 +171,9 @@ def _deployed(model):
             module.training = training
 
 
-_STEADY = (
-    *(nn.Sequential, nn.Linear, nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten),
-    *(nn.Identity, models.Normalize),
-)
-
-
 def _steady(model) -> bool:
     """Whether a model is known to compute the same in training as in evaluation: layers of other types may not."""
-    return isinstance(model, nn.Module) and all(type(module) in _STEADY for module in model.modules())
+    return isinstance(model, nn.Module) and all(type(module) in STEADY for module in model.modules())
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
