@@ -6,7 +6,7 @@
     python3 course.py bench --out table.csv
 
 Each benchmark runs as a program of its own, one after the other, and hands over its bars. They are promised on MNIST:
-put it where `tmlcourse.data.load` finds it.
+put it where `tmlcourse.data.load` finds it. How auto_LiRPA, which wants an old torch, takes part: `auto_lirpa.py`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 RUNS = {
     "pgd": ("--images 250 --rounds 2", "--images 20 --rounds 1"),
     "minimum_norm": ("--images 16 --rounds 2", "--images 4 --rounds 1"),
-    "ensemble": ("--images 60 --rounds 2", "--images 4 --rounds 1"),
+    "ensemble": ("--images 240 --rounds 1", "--images 4 --rounds 1"),
     "square": ("--images 80 --queries 300 --seeds 1", "--images 4 --queries 20 --seeds 1"),
     "hard_label": ("--images 8 --queries 1000", "--images 2 --queries 150"),
     "black_box": ("--images 6 --queries 1000", "--images 2 --queries 60"),
