@@ -33,7 +33,7 @@ RUNS = {
     "hard_label": ("--images 8 --queries 1000", "--images 2 --queries 150"),
     "black_box": ("--images 6 --queries 1000", "--images 2 --queries 60"),
     "physical": ("--images 40", "--images 12"),
-    "certify": ("--rounds 5 --limit 15", "--images 32 --rounds 1 --programs 2 --limit 1"),
+    "certify": ("--rounds 5 --limit 20", "--images 32 --rounds 1 --programs 2 --limit 1"),
     "certify:exact error": ("--bounds-off --programs 0 --decide 250 --threads 2", "--bounds-off --programs 0 --decide 10"),
     "poisoning": ("", "--images 500 --steps 20"),
     "training": ("--rounds 5 --batches 2", "--rounds 1 --batches 1"),
