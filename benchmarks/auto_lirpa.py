@@ -4,7 +4,7 @@
     FOLDER/bin/pip install --no-deps auto_LiRPA==0.3
     TMLCOURSE_LIRPA=FOLDER/bin/python python3 course.py bench --only certify        (Linux, Python 3.8 to 3.11)
 
-Reads a file of numpy arrays (weights in the order of the layers, images x, labels y, eps, threads) and answers each line
+Reads a file of numpy arrays (the weights by name, images x, labels y, eps, threads) and answers each line
 of its input with the seconds that CROWN's margins took and their sum.
 """
 

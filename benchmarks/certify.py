@@ -167,13 +167,14 @@ def beside_lirpa(net, x, y, eps, options):
         np.savez(f"{folder}/given.npz", x=x, y=y, eps=eps, threads=options.threads, **given)
         command = [python, str(Path(__file__).with_name("auto_lirpa.py")), f"{folder}/given.npz"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        expected = float(call().sum())
         with subprocess.Popen(command, text=True, **pipes) as peer:
 
             def ask():
                 peer.stdin.write("\n")
                 peer.stdin.flush()
                 seconds, total = next(line for line in peer.stdout if line.startswith("answer")).split()[1:]
-                assert abs(float(total) - call().sum()) < 1e-2 * len(x), "the bounds are not the same"
+                assert abs(float(total) - expected) < 1e-2 * len(x), "the bounds are not the same"
                 return float(seconds)
 
             now, seconds = timing.clock(), {"crown": [], "auto_LiRPA": []}

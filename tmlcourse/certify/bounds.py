@@ -371,7 +371,8 @@ class _ReluLines:
         if below is not None:
             rows = rows.cut(self.slope.shape[1:])
         slope, which = rows.seen(self.slope)
-        low = slope if self.below is self.slope else rows.seen(self.below)[0]  # the dual has one slope for both lines
+        same = below is not None or self.below is self.slope  # not asked for, or the dual
+        low = slope if same else rows.seen(self.below)[0]
         intercept, _ = rows.seen(self.intercept)
         a, added = kernels.relu_backsubstitution(rows.a, low, slope, intercept, which, own=below)
         return rows.with_(a, added, rows.windows)
