@@ -570,6 +570,7 @@ def unrecorded(monkeypatch):
     """The recorded loop's own steps, run one by one: all of it but the recording, which needs a GPU."""
     monkeypatch.setattr(graphs, "record", lambda step: step)
     monkeypatch.setattr(graphs, "playable", lambda *_: True)
+    monkeypatch.setattr(graphs, "trainable", lambda *_: True)
 
 
 @pytest.mark.parametrize("target", [False, True])
@@ -628,7 +629,10 @@ def test_only_plain_networks_are_recorded(monkeypatch):
     hook = model[1].register_forward_hook(lambda *_: None)
     assert not graphs.plain(model)
     hook.remove()
-    assert graphs.plain(model) and not graphs.plain(model.train())
+    assert graphs.plain(model) and graphs.plain(model.train())
+    assert not graphs.trainable(model, torch.rand(2, 1, 8, 8))  # no GPU
+    noisy = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.BatchNorm1d(64), nn.Linear(64, 10))
+    assert graphs.plain(noisy.eval()) and not graphs.plain(noisy.train())
 
     class Other(nn.Linear):
         pass
@@ -657,6 +661,92 @@ def check_gradients(device):
             near(grad, p.grad)
             with torch.no_grad():
                 p -= 0.1 * p.grad
+
+
+LOSSES = {
+    "standard": lambda threat: training.cross_entropy,
+    "Madry": lambda threat: training.adversarial(threat, steps=4),
+    "fast": lambda threat: training.adversarial(threat, training.single_step, alpha=1.25 * threat.eps),
+    "friendly": lambda threat: training.friendly(threat, steps=4, tau=1),
+    "growing": lambda threat: training.growing(lambda now: training.adversarial(now, steps=2), threat),
+    "mixture": lambda threat: training.mixture(threat, attack=training.ascent, steps=3),
+    "TRADES": lambda threat: training.trades(threat, steps=3),
+    "MART": lambda threat: training.mart(threat, steps=3),
+}
+
+
+def fitted(make, threat, device="cpu", **options):
+    """A small network's weights and history after two epochs; the last batch of an epoch is smaller."""
+    train = data.load("digits", "train", n=40).to(device)
+    model = models.mlp((1, 8, 8), hidden=(9,), seed=0).to(device)
+    options = dict(epochs=2, batch_size=12, loss=make(threat), seed=0) | options
+    history = training.fit(model, train, **options)
+    return model, history.drop(columns="seconds"), torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.8)], ids=["Linf", "L2"])
+@pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
+def test_training_with_recorded_steps_is_training(unrecorded, make, threat):
+    model, history, played = fitted(make, threat)
+    kinds = {key[0]: found for key, found in graphs._recorded[model].items()}
+    assert all(found is not graphs._SEEN for found in kinds.values())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "playable", lambda *_: False)
+        patch.setattr(graphs, "trainable", lambda *_: False)
+        plain, wanted, looped = fitted(make, threat)
+    assert plain not in graphs._recorded
+    assert torch.equal(played, looped) and history.equals(wanted)
+
+
+def test_each_loss_is_recorded_as_far_as_it_can_be(unrecorded):
+    recorded = {name: {key[0] for key in graphs._recorded.get(fitted(make, Linf(0.1))[0], {})}
+                for name, make in LOSSES.items()}  # fmt: skip
+    both, passes, climbs = {"climb", "descent"}, {"descent"}, {"climb"}
+    assert recorded == {"standard": passes, "Madry": both, "fast": both, "growing": both, "friendly": passes,
+                        "mixture": climbs, "TRADES": climbs, "MART": climbs}  # fmt: skip
+
+
+def test_training_goes_on_where_recording_fails_or_differs(unrecorded, monkeypatch):
+    *_, wanted = fitted(LOSSES["Madry"], Linf(0.1))
+
+    def fail(step):
+        raise RuntimeError("no capture here")
+
+    for record, says in ((fail, "no capture here"), (lambda step: lambda: None, "playback differs")):
+        monkeypatch.setattr(graphs, "record", record)
+        with pytest.warns(RuntimeWarning, match=says) as said:
+            *_, found = fitted(LOSSES["Madry"], Linf(0.1))
+        assert torch.equal(found, wanted)
+        assert len(said) == 4  # the attack's step and the pass, each for whole batches and for the last one
+
+
+def test_a_recorded_pass_sees_which_parameters_are_frozen(unrecorded):
+    train = data.load("digits", "train", n=40)
+    model = models.mlp((1, 8, 8), hidden=(9,), seed=0)
+    before = model[1].weight.detach().clone()
+    training.fit(model, train, epochs=2, batch_size=20, seed=0)
+    assert not torch.equal(model[1].weight, before)
+    model[1].weight.requires_grad_(False)
+    frozen, moving = model[1].weight.clone(), model[3].weight.detach().clone()
+    training.fit(model, train, epochs=2, batch_size=20, seed=0)
+    assert torch.equal(model[1].weight, frozen) and model[1].weight.grad is None
+    assert not torch.equal(model[3].weight, moving)
+
+
+def test_a_recorded_pass_that_is_not_finite_stops_the_training(unrecorded):
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        fitted(LOSSES["standard"], None, lr=1e30, optimizer=torch.optim.SGD, epochs=4)
+
+
+@on_gpu
+@pytest.mark.parametrize("make", [LOSSES[name] for name in ("standard", "Madry", "TRADES")])
+def test_on_a_gpu_training_with_recorded_steps_is_training(make, monkeypatch):
+    model, history, played = fitted(make, Linf(0.1), DEVICE, epochs=4)
+    assert all(found not in (None, graphs._SEEN) for found in graphs._recorded[model].values())
+    monkeypatch.setenv("TMLCOURSE_GRAPHS", "0")
+    _, wanted, looped = fitted(make, Linf(0.1), DEVICE, epochs=4)
+    assert (played - looped).norm() < 0.02 * looped.norm()  # the library adds in another order each time
+    assert (history["loss"] - wanted["loss"]).abs().max() < 0.02
 
 
 @on_gpu

@@ -5,8 +5,9 @@ launch one than the GPU to run it. A graph is the list of those launches, record
 costs one launch. What is recorded reads and writes fixed tensors: new data are copied into them first.
 
 A recording is only right while everything that it does not read from memory stays the same: Python numbers, branches, the
-parameters' places. So `climb` plays back only networks made of plain layers without hooks, and looks again before each
-use whether layers, modes, settings and addresses are still those of the recording. All others take the ordinary loop.
+parameters' places. So `climb` and `descent` play back only networks made of plain layers without hooks, and look again
+before each use whether layers, modes, settings and addresses are still those of the recording. All others take the ordinary
+loop, and so does a step whose first playback differs from the step itself.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import weakref
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import randomness
 from ..models import Normalize
 from ..threat import L1, L2, Linf
 from .ascent import LARGEST, ascent_step
@@ -56,28 +59,47 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def plain(model) -> bool:
-    """Whether a network is made of layers that do the same each time, in evaluation mode and without hooks.
+    """Whether a network is made of layers that do the same each time, and has no hooks.
+
+    In training mode batch norm keeps statistics and dropout draws numbers: there only the layers of `STEADY` will do.
 
     Example: `plain(model.eval())`.
     """
     if not isinstance(model, nn.Module) or torch.is_autocast_enabled():
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return all(type(m) in PLAIN and not m.training and not any(getattr(m, h) for h in hooks) for m in model.modules())
+    return all(
+        type(m) in (STEADY if m.training else PLAIN) and not any(getattr(m, h) for h in hooks) for m in model.modules()
+    )
 
 
-def playable(model, x: Tensor, threat, loss) -> bool:
-    """Whether a gradient attack's step may be recorded: a GPU, a plain network, a loss by name, a step that is one kernel.
+def possible(x: Tensor) -> bool:
+    """Whether steps on these images may be recorded at all: float32 on a GPU, with kernels, and not inside a recording.
 
     TMLCOURSE_GRAPHS=0 in the environment says never.
 
-    Example: `playable(model, x, Linf(0.1), "cross_entropy") is False` on a CPU.
+    Example: `possible(x) is False` on a CPU.
     """
     if not x.is_cuda or os.environ.get("TMLCOURSE_GRAPHS", "1") == "0" or not installed() or mode() == "reference":
         return False
+    return x.dtype == torch.float32 and not torch.cuda.is_current_stream_capturing()
+
+
+def playable(model, x: Tensor, threat, loss) -> bool:
+    """Whether a gradient attack's step may be recorded: `possible`, a plain network, a loss by name, a one-kernel step.
+
+    Example: `playable(model, x, Linf(0.1), "cross_entropy") is False` on a CPU.
+    """
     one_kernel = type(threat) is Linf or (type(threat) in (L1, L2) and x[0].numel() <= LARGEST)
-    known = isinstance(loss, str) and x.dtype == torch.float32
-    return one_kernel and known and plain(model) and not torch.cuda.is_current_stream_capturing()
+    return one_kernel and isinstance(loss, str) and possible(x) and plain(model)
+
+
+def trainable(model, x: Tensor) -> bool:
+    """Whether a training step's forward and backward pass may be recorded: `possible`, and a plain network on that GPU.
+
+    Example: `trainable(model, x) is False` on a CPU.
+    """
+    return possible(x) and plain(model) and all(p.device == x.device for p in model.parameters())
 
 
 class Climb:
@@ -99,6 +121,7 @@ class Climb:
         self.value = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
+    @torch.no_grad()
     def load(self, **tensors: Tensor) -> None:
         """Copy new values into the fixed tensors, by name."""
         for name, value in tensors.items():
@@ -141,26 +164,27 @@ def proved(climb: Climb, replay: Callable[[], None]) -> Callable[[], None]:
 
 
 def climb(model, x: Tensor, y: Tensor, target, threat, loss: str, objective: Callable, fools: Callable):
-    """A `Climb` for such a batch and the function that plays back its step, recorded at the second call of one kind.
+    """A `Climb` for such a batch and the function that plays back its step; None where it is not recorded (see `_kept`)."""
+
+    def make():
+        fresh = Climb(model, x, y, target, threat, objective, fools)
+        fresh.load(x_adv=threat.random(x, randomness.generator(0, x.device)))  # at x itself a divergence has no slope
+        return fresh, proved(fresh, record(fresh.step))
+
+    aim = None if target is None else (target.shape, target.dtype)
+    return _kept(model, ("climb", x.shape, x.device, aim, threat, loss), make)
+
+
+def _kept(model, kind: tuple, make: Callable):
+    """The recording of this kind for the network as it is now; `make` makes it at the second call.
 
     None at the first call, since a recording takes as long as many steps and a single attack is over before that pays; and
     where recording fails, which is said once.
     """
-    places = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
+    places = tuple((t.data_ptr(), t.requires_grad) for t in (*model.parameters(), *model.buffers()))
     settings = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled,
                 torch.are_deterministic_algorithms_enabled(), mode())  # fmt: skip
-    key = (
-        x.shape,
-        x.dtype,
-        x.device,
-        target is None,
-        threat,
-        loss,
-        repr(model),
-        places,
-        settings,
-        threading.get_ident(),
-    )
+    key = (*kind, repr(model), places, settings, threading.get_ident())
     kept = _recorded.setdefault(model, {})
     if key not in kept:
         kept[key] = _SEEN
@@ -168,16 +192,23 @@ def climb(model, x: Tensor, y: Tensor, target, threat, loss: str, objective: Cal
             kept.pop(next(iter(kept)))
         return None
     if kept[key] is _SEEN:
-        fresh = Climb(model, x, y, target, threat, objective, fools)
         try:
-            kept[key] = fresh, proved(fresh, record(fresh.step))
+            kept[key] = make()
         except RuntimeError as error:
             warnings.warn(
-                f"kernels.graphs: the step was not recorded ({error}); PyTorch launches it", RuntimeWarning, 2
+                f"kernels.graphs: the step was not recorded ({error}); PyTorch launches it", RuntimeWarning, 3
             )
             kept[key] = None
     kept[key] = kept.pop(key)  # the latest used stands last
     return kept[key]
+
+
+def descent(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """`gradients` of the mean cross-entropy for such a batch; None where it is not recorded, as for `climb`.
+
+    Example: `descent(model, x, y) is None` at the first call.
+    """
+    return _kept(model, ("descent", x.shape, x.device, y.dtype), lambda: gradients(model, F.cross_entropy, x, y))
 
 
 def gradients(
@@ -193,30 +224,47 @@ def gradients(
         x, y: a batch of the size that all later batches have.
     Returns:
         The function; what it returns and the gradients are overwritten by its next call.
-    Raises: RuntimeError where the pass cannot be recorded.
+    Raises: RuntimeError where the pass cannot be recorded, or its playback differs from it.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    grads = [torch.zeros_like(p) for p in params]
-    x, y = x.clone(), y.clone()
-    value, z = x.new_zeros(()), model(x).detach().clone()
+    model = weakref.proxy(model)  # as in `Climb`
+    places = [i for i, p in enumerate(model.parameters()) if p.requires_grad]
+
+    def params() -> list[Tensor]:
+        found = list(model.parameters())
+        return [found[i] for i in places]
+
+    grads = [torch.zeros_like(p) for p in params()]
+    x, y = x.detach().clone(), y.clone()
+    with torch.no_grad():
+        z = model(x).clone()
+    value = z.new_zeros(())
 
     def step() -> None:
         with torch.enable_grad():
             answer = model(x)
             result = loss(answer, y)
-            found = torch.autograd.grad(result, params)
+            found = torch.autograd.grad(result, params())
         with torch.no_grad():
             torch._foreach_copy_(grads, list(found))
             value.copy_(result)
             z.copy_(answer)
 
     replay = record(step)
+    step()
+    stepped = [t.clone() for t in (value, z, *grads)]
+    for t in (value, z, *grads):
+        t.zero_()
+    replay()
+    for t, wanted in zip((value, z, *grads), stepped, strict=True):  # a library may add up in another order
+        if not (t - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6:
+            raise RuntimeError("its playback differs from the step")
 
+    @torch.no_grad()
     def play(new_x: Tensor, new_y: Tensor) -> tuple[Tensor, Tensor]:
         x.copy_(new_x)
         y.copy_(new_y)
         replay()
-        for p, grad in zip(params, grads, strict=True):
+        for p, grad in zip(params(), grads, strict=True):
             p.grad = grad
         return value, z
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import checks, progress, randomness
+from ..kernels import graphs
+from ..kernels.dispatch import on
 from .losses import cross_entropy
 
 
@@ -134,17 +136,16 @@ def fit(
                     done = (epoch + number / per_epoch) / epochs
                     for group in optimiser.param_groups:
                         group["lr"] = lr * schedule(done)
-                    value = loss(model, x if augment is None else augment(x), y, **({"progress": done} if told else {}))
-                    value, z = value if isinstance(value, tuple) else (value, None)
-                    if not math.isfinite(value.item()):
-                        raise FloatingPointError(f"loss: got {value.item()} in epoch {epoch + 1} of {epochs}, step "
-                                                 f"{number + 1} of {per_epoch}; lower lr = {lr}?")  # fmt: skip
                     optimiser.zero_grad(set_to_none=True)
-                    value.backward()
+                    x = x if augment is None else augment(x)
+                    value, z = _slopes(model, loss, x, y, {"progress": done} if told else {})
+                    if not math.isfinite(value):
+                        raise FloatingPointError(f"loss: got {value} in epoch {epoch + 1} of {epochs}, step "
+                                                 f"{number + 1} of {per_epoch}; lower lr = {lr}?")  # fmt: skip
                     optimiser.step()
                     if averaged is not None:
                         averaged.update_parameters(model)
-                    total, seen = total + value.item() * len(x), seen + len(x)
+                    total, seen = total + value * len(x), seen + len(x)
                     right += int((z.argmax(1) == y).sum()) if z is not None else 0
                     shown = {"loss": f"{total / seen:.3f}", "accuracy": f"{right / seen:.3f}" if z is not None else "-"}
                     bar.set_postfix(shown, refresh=False)
@@ -170,6 +171,26 @@ def fit(
             model.train(mode)
             optimiser.zero_grad(set_to_none=True)
     return pd.DataFrame(rows)
+
+
+def _slopes(model, loss: Callable, x: Tensor, y: Tensor, progress: dict) -> tuple[float, Tensor | None]:
+    """The loss and the logits of a batch; sets every `p.grad`. On a GPU a small network's pass is played back."""
+    points = getattr(loss, "points", None)
+    if points is not None and graphs.trainable(model, x):
+        x = points(model, x, y, **progress)
+        with on(x):
+            play = graphs.descent(model, x, y)
+            if play is not None:
+                value, z = play(x, y)
+                return value.item(), z
+        value, z = cross_entropy(model, x, y)
+    else:
+        value = loss(model, x, y, **progress)
+        value, z = value if isinstance(value, tuple) else (value, None)
+    number = value.item()
+    if math.isfinite(number):
+        value.backward()
+    return number, z
 
 
 def _save(path: Path, settings, rows, best, model, optimiser, averaged, device) -> None:

@@ -7,6 +7,7 @@ be deployed (evaluation mode: batch norm with its running statistics, no dropout
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,13 +17,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, kernels
-from ..kernels.graphs import STEADY
+from ..kernels import graphs
+from ..kernels.dispatch import on
 
 
 def cross_entropy(model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy, and the logits it came from: the standard risk (1/n) sum_i l(h(x_i), y_i)."""
     z = model(x)
     return F.cross_entropy(z, y), z
+
+
+def _at(points: Callable) -> Callable:
+    """The cross-entropy at the images that `points` finds, (model, x, y) -> x'. `fit` may then record the step from x' on."""
+
+    @functools.wraps(points)
+    def loss(model, x: Tensor, y: Tensor, **progress: float) -> tuple[Tensor, Tensor]:
+        return cross_entropy(model, points(model, x, y, **progress), y)
+
+    loss.points = points
+    return loss
+
+
+cross_entropy.points = lambda model, x, y: x
 
 
 def label_smoothing(share: float = 0.1) -> Callable:
@@ -93,7 +109,7 @@ def early_stopped(
     _check(model, x, y)
     alpha = _step(threat, steps, alpha)
     checks.positive_int(tau, "tau", least=0)
-    return _climb(model, x, y, threat.random(x), threat, steps, alpha, _cross_entropies, tau)
+    return _climb(model, x, y, threat.random(x), threat, steps, alpha, _cross_entropies, tau=tau)
 
 
 def single_step(
@@ -106,19 +122,30 @@ def single_step(
     Source: Wong, Rice & Kolter 2020 (they use alpha = 1.25 eps for MNIST and CIFAR-10).
     Example: `adversarial(Linf(0.3), single_step, alpha=0.375)`.
     """
-    start = (threat.random(x) if random_start else x.clone()).requires_grad_()
-    (grad,) = torch.autograd.grad(F.cross_entropy(model(start), y, reduction="sum"), start)
-    return kernels.ascent_step(start.detach(), grad, x, threat, threat.full_step if alpha is None else alpha)
+    start = threat.random(x) if random_start else x
+    return _climb(model, x, y, start, threat, 1, threat.full_step if alpha is None else alpha, _cross_entropies)[0]
 
 
-def _climb(model, x, y, start, threat, steps, alpha, objective, tau=None) -> tuple[Tensor, Tensor]:
-    """Take `steps` steps up the objective (logits, y) -> (N,); images that have been wrong more than `tau` times stay behind.
+def _climb(model, x, y, start, threat, steps, alpha, objective, *, target=None, tau=None) -> tuple[Tensor, Tensor]:
+    """Take `steps` steps up the objective (logits, y, target) -> (N,); images wrong more than `tau` times stay behind.
 
-    Each step costs one forward and one backward pass of the images that still climb.
+    Each step costs one forward and one backward pass of the images that still climb. On a GPU the steps of a small network
+    are played back (`kernels.graphs`), unless images leave.
     """
     from ..attacks.layout import fast_layout
     from ..attacks.losses import fools
 
+    name = objective.__name__
+    if tau is None and graphs.playable(model, x, threat, name):
+        with on(x):
+            found = graphs.climb(model, x, y, target, threat, name, objective, lambda z, y, _: fools(z, y))
+            if found is not None:
+                climb, replay = found
+                climb.load(x=x, y=y, x_adv=start, **({} if target is None else {"target": target}))
+                climb.alpha.fill_(alpha)
+                for _ in range(steps):
+                    replay()
+                return climb.x_adv.clone(), torch.full_like(y, steps)
     forward = fast_layout(model, x)
     point, clean, result = start.detach().clone(), x, torch.empty_like(x)
     active, taken = torch.arange(len(x), device=x.device), torch.full_like(y, steps)
@@ -127,7 +154,7 @@ def _climb(model, x, y, start, threat, steps, alpha, objective, tau=None) -> tup
         point.requires_grad_()
         with torch.enable_grad():
             z = forward(point)
-        (grad,) = torch.autograd.grad(objective(z, y).sum(), point)
+        (grad,) = torch.autograd.grad(objective(z, y, target).sum(), point)
         point = point.detach()
         if patience is not None:
             wrong = fools(z.detach(), y)
@@ -143,8 +170,12 @@ def _climb(model, x, y, start, threat, steps, alpha, objective, tau=None) -> tup
     return result, taken
 
 
-def _cross_entropies(z: Tensor, y: Tensor) -> Tensor:
+def _cross_entropies(z: Tensor, y: Tensor, target: None = None) -> Tensor:
     return F.cross_entropy(z, y, reduction="none")
+
+
+def _divergence(z: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    return _kl(target, z)
 
 
 def _check(model, x: Tensor, y: Tensor) -> None:
@@ -173,7 +204,7 @@ def _deployed(model):
 
 def _steady(model) -> bool:
     """Whether a model is known to compute the same in training as in evaluation: layers of other types may not."""
-    return isinstance(model, nn.Module) and all(type(module) in STEADY for module in model.modules())
+    return isinstance(model, nn.Module) and all(type(module) in graphs.STEADY for module in model.modules())
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -195,12 +226,11 @@ def adversarial(threat, attack: Callable | None = None, **options) -> Callable:
     """
     attack = ascent if attack is None else attack
 
-    def loss(model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def points(model, x: Tensor, y: Tensor) -> Tensor:
         with _deployed(model):
-            x_adv = attack(model, x, y, threat, **options)
-        return cross_entropy(model, x_adv, y)
+            return attack(model, x, y, threat, **options)
 
-    return loss
+    return _at(points)
 
 
 def mixture(threat, weight: float = 0.5, attack: Callable | None = None, **options) -> Callable:
@@ -249,13 +279,12 @@ def friendly(threat, steps: int = 10, tau: int | Callable[[float], int] = 0, alp
     if not callable(tau):
         checks.positive_int(tau, "tau", least=0)
 
-    def loss(model, x: Tensor, y: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:
+    def points(model, x: Tensor, y: Tensor, progress: float = 1.0) -> Tensor:
         patience = tau(progress) if callable(tau) else tau
         with _deployed(model):
-            x_adv, _ = early_stopped(model, x, y, threat, steps=steps, tau=patience, alpha=alpha)
-        return cross_entropy(model, x_adv, y)
+            return early_stopped(model, x, y, threat, steps=steps, tau=patience, alpha=alpha)[0]
 
-    return loss
+    return _at(points)
 
 
 def trades(threat, beta: float = 6.0, steps: int = 10, alpha: float | None = None) -> Callable:
@@ -281,7 +310,7 @@ def trades(threat, beta: float = 6.0, steps: int = 10, alpha: float | None = Non
         with _deployed(model):
             with torch.no_grad():
                 here = (z if _steady(model) else model(x)).log_softmax(1)
-            x_adv, _ = _climb(model, x, y, _nearby(x, threat), threat, steps, alpha, lambda there, y: _kl(here, there))
+            x_adv, _ = _climb(model, x, y, _nearby(x, threat), threat, steps, alpha, _divergence, target=here)
         return clean + beta * _kl(z.log_softmax(1), model(x_adv)).mean(), z
 
     return loss
@@ -414,11 +443,19 @@ def growing(make: Callable, threat, *, share: float = 0.3) -> Callable:
     full = make(threat)
     told = "progress" in inspect.signature(full).parameters
 
-    def loss(model, x: Tensor, y: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:
-        now = full if progress >= share else make(replace(threat, eps=threat.eps * progress / share))
-        return now(model, x, y, **({"progress": progress} if told else {}))
+    def now(progress: float) -> tuple[Callable, dict]:
+        grown = full if progress >= share else make(replace(threat, eps=threat.eps * progress / share))
+        return grown, {"progress": progress} if told else {}
 
-    return loss
+    def points(model, x: Tensor, y: Tensor, progress: float = 1.0) -> Tensor:
+        grown, options = now(progress)
+        return grown.points(model, x, y, **options)
+
+    def loss(model, x: Tensor, y: Tensor, progress: float = 1.0) -> tuple[Tensor, Tensor]:
+        grown, options = now(progress)
+        return grown(model, x, y, **options)
+
+    return _at(points) if hasattr(full, "points") else loss
 
 
 def _kl(log_p: Tensor, z: Tensor) -> Tensor:
