@@ -4,7 +4,8 @@
 
 On a GPU: for each kernel the time, the share of the measured copy bandwidth that its needed bytes make of it, and how many
 times as long plain PyTorch takes; then PGD-40 on SmallCNN at batches of 128 and 1,024, launched one by one and recorded,
-beside the libraries that a user would pick instead. Leaves with status 1 where a bar is missed.
+beside the libraries that a user would pick instead; then an epoch of training, launched one by one and recorded. Leaves with
+status 1 where a bar is missed.
 
 Without a GPU: what the choice between kernel and reference costs on the CPU, where it should cost nothing.
 """
@@ -19,7 +20,7 @@ import pgd as contest  # benchmarks/pgd.py: one place says how each library is c
 import timing
 import torch
 
-from tmlcourse import attacks, data, kernels, pretrained
+from tmlcourse import attacks, data, kernels, models, pretrained, training
 from tmlcourse.kernels import ascent, backsubstitution, clipping, interval, roofline
 from tmlcourse.threat import L1, L2, Linf
 
@@ -70,6 +71,7 @@ def on_gpu(rounds):
         bars += promised(name, *rows[-1][3:]) if barred else []
     table = pd.DataFrame(rows, columns=["kernel", "PyTorch ms", "kernel ms", "share of copy", "times as fast"])
     print(table.round(3).to_string(index=False))
+    epochs_of_training(device, rounds)
     return bars + [peers(device, rounds, batch, bar) for batch, bar in AGAINST_PEERS.items()]
 
 
@@ -93,6 +95,19 @@ def peers(device, rounds, batch, bar):
     print(f"\nPGD-40, batch {batch}, {test.name}\n{race.table('recorded')}")
     fastest, ratio = race.fastest(libraries, "recorded")
     return timing.at_least(11, pgd_says(batch), ratio, bar, peer=timing.version(fastest))
+
+
+def epochs_of_training(device, rounds, batch=128):
+    """Twenty batches of training as it is played back and as PyTorch launches it, for the standard loss and for Madry's."""
+    train = data.load("mnist", "train", n=20 * batch, fallback="digits-28x28").to(device)
+    losses = {"standard": training.cross_entropy, "Madry, ten steps": training.adversarial(Linf(contest.EPS), steps=10)}
+    for name, loss in losses.items():
+        model = models.small_cnn(seed=0).to(device)
+        ours = partial(training.fit, model, train, loss=loss, epochs=1, batch_size=batch, lr=1e-4, seed=0)
+        race = timing.in_turn(
+            {"recorded": ours, "launched one by one": partial(without_graphs, ours)}, rounds, warm_up=2
+        )
+        print(f"\n{len(train.x) // batch} batches of {batch}, {name}, {train.name}\n{race.table('recorded')}")
 
 
 def pgd_says(batch):

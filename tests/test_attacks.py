@@ -12,7 +12,7 @@ from scipy.stats import binom
 from torch import nn
 
 from tmlcourse.attacks import cross_entropy, difference, fgsm, margin, pgd, robust_accuracy
-from tmlcourse.attacks.layout import fast_layout
+from tmlcourse.layout import fast_layout
 from tmlcourse.threat import L0, L1, L2, Linf
 
 SETS = {"Linf": Linf(0.2), "L2": L2(0.7), "L1": L1(1.3), "L0": L0(3)}

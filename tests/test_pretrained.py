@@ -13,7 +13,7 @@ import torch
 
 from tmlcourse import certify, data, models, pretrained, training
 from tmlcourse.attacks import pgd, robust_accuracy
-from tmlcourse.attacks.layout import fast_layout
+from tmlcourse.layout import fast_layout
 from tmlcourse.threat import Linf
 
 SHIPPED = sorted(pretrained.manifest())

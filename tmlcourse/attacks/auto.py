@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import checks, kernels, progress, randomness
+from ..layout import fast_layout, images_at_once
 from ..threat import L0, L1
-from .layout import fast_layout, images_at_once
 from .losses import fools, objective
 
 MOMENTUM, RISING = 0.75, 0.75  # alpha, and the share of steps (rho) that must climb for the step size to stay

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, progress
+from ..layout import images_at_once
 from ..threat import L0
-from .layout import images_at_once
 
 
 def feature_adversary(

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import checks, kernels, progress, randomness
 from ..kernels import graphs
 from ..kernels.dispatch import on
-from .layout import fast_layout, images_at_once
+from ..layout import fast_layout, images_at_once
 from .losses import fools, objective
 
 _WORTH_RECORDING = 10  # steps from which on a GPU's recording of one pays for itself

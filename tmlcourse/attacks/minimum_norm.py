@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, progress, randomness
+from ..layout import fast_layout, images_at_once
 from ..threat import L0, L1, L2, Linf
-from .layout import fast_layout, images_at_once
 from .losses import margin
 
 _ROUNDS = 12  # how often Carlini & Wagner's L0 and Linf attacks shrink what they have

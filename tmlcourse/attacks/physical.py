@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, progress, randomness
-from .layout import fast_layout
+from ..layout import fast_layout
 from .losses import objective
 from .spatial import affine, place
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, progress, randomness
+from ..layout import fast_layout
 from .gradient import _Best
-from .layout import fast_layout
 from .losses import objective
 
 

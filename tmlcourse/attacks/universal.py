@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks, kernels, progress, randomness
+from ..layout import fast_layout
 from ..threat import L1, L2, Linf
-from .layout import fast_layout
 from .losses import margin, objective
 from .minimum_norm import deepfool
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, progress
+from ..layout import fast_layout, images_at_once
 from ..threat import L2
 from .gradient import _Best
-from .layout import fast_layout, images_at_once
 from .losses import objective
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .. import checks, progress, randomness
 from ..attacks import pgd
 from ..attacks.gradient import _Best
-from ..attacks.layout import images_at_once
 from ..attacks.losses import fools, objective
+from ..layout import images_at_once
 from ..threat import Linf
 from .detection import Detector
 from .preprocessing import Thermometer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..attacks.layout import images_at_once
+from ..layout import images_at_once
 from .common import last_convolution, layer_named, recorded, selected, targets
 from .gradients import guided_backprop
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from .. import checks, progress, randomness
-from ..attacks.layout import fast_layout, images_at_once
+from ..layout import fast_layout, images_at_once
 from .common import gradient, selected, targets
 
 

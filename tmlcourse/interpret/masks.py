@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import checks, progress, randomness
-from ..attacks.layout import fast_layout, images_at_once
+from ..layout import fast_layout, images_at_once
 from .common import selected, targets
 from .gradients import starting_point
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, progress
-from ..attacks.layout import fast_layout
+from ..layout import fast_layout
 from ..randomness import generator
 from .common import layer_named
 

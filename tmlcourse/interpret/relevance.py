@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .. import checks
-from ..attacks.layout import images_at_once
+from ..layout import images_at_once
 from ..models import Normalize
 from .common import selected, targets
 

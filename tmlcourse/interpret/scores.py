@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import checks
-from ..attacks.layout import images_at_once
 from ..intervals import clopper_pearson
+from ..layout import images_at_once
 from .common import selected, targets
 from .gradients import starting_point
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .. import checks, progress, randomness
-from ..attacks.layout import fast_layout
+from ..layout import fast_layout
 from ..threat import Linf
 
 

@@ -16,14 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, kernels
+from .. import checks, kernels, models
 from ..kernels import graphs
 from ..kernels.dispatch import on
+from ..layout import channels_last, convolutional, fast_layout
+
+_ANY_LAYOUT = {*graphs.PLAIN, models.Residual}  # other layers may `view` their input, which asks for one layout
+
+
+def _logits(model, x: Tensor) -> Tensor:
+    """model(x), where that is safe in the layout in which a CPU trains convolutions fastest."""
+    safe = convolutional(model, x) and all(type(module) in _ANY_LAYOUT for module in model.modules())
+    return model(channels_last(x) if safe else x)
 
 
 def cross_entropy(model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy, and the logits it came from: the standard risk (1/n) sum_i l(h(x_i), y_i)."""
-    z = model(x)
+    z = _logits(model, x)
     return F.cross_entropy(z, y), z
 
 
@@ -53,7 +62,7 @@ def label_smoothing(share: float = 0.1) -> Callable:
         raise ValueError(f"share: got {share}, want a number in [0, 1)")
 
     def loss(model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        z = model(x)
+        z = _logits(model, x)
         return F.cross_entropy(z, y, label_smoothing=share), z
 
     return loss
@@ -132,7 +141,6 @@ def _climb(model, x, y, start, threat, steps, alpha, objective, *, target=None, 
     Each step costs one forward and one backward pass of the images that still climb. On a GPU the steps of a small network
     are played back (`kernels.graphs`), unless images leave.
     """
-    from ..attacks.layout import fast_layout
     from ..attacks.losses import fools
 
     name = objective.__name__
@@ -309,9 +317,9 @@ def trades(threat, beta: float = 6.0, steps: int = 10, alpha: float | None = Non
             return clean, z
         with _deployed(model):
             with torch.no_grad():
-                here = (z if _steady(model) else model(x)).log_softmax(1)
+                here = (z if _steady(model) else _logits(model, x)).log_softmax(1)
             x_adv, _ = _climb(model, x, y, _nearby(x, threat), threat, steps, alpha, _divergence, target=here)
-        return clean + beta * _kl(z.log_softmax(1), model(x_adv)).mean(), z
+        return clean + beta * _kl(z.log_softmax(1), _logits(model, x_adv)).mean(), z
 
     return loss
 
@@ -335,7 +343,7 @@ def mart(threat, beta: float = 5.0, steps: int = 10, alpha: float | None = None)
     def loss(model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with _deployed(model):
             x_adv, _ = _climb(model, x, y, _nearby(x, threat), threat, steps, alpha, _cross_entropies)
-        z, z_adv = model(x), model(x_adv)
+        z, z_adv = _logits(model, x), _logits(model, x_adv)
         here = z.log_softmax(1)
         doubt = -here.gather(1, y[:, None]).squeeze(1).expm1()
         return (_boosted(z_adv, y) + beta * _kl(here, z_adv) * doubt).mean(), z

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .. import checks
+from . import checks
 
 
 def images_at_once(x: Tensor, batch_size: int | None) -> int:
@@ -18,21 +18,38 @@ def images_at_once(x: Tensor, batch_size: int | None) -> int:
     return checks.positive_int(batch_size, "batch_size")
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """The same images (N, C, H, W), channels last in memory: the layout in which a CPU computes convolutions fastest.
+
+    Example: `channels_last(torch.rand(2, 3, 8, 8)).stride()` is (192, 1, 24, 3).
+    """
+    n, c, h, w = x.shape
+    if c > 1:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.contiguous().as_strided(x.shape, (h * w, 1, w, 1))  # one channel: the same memory, said differently
+
+
+def convolutional(model, x: Tensor) -> bool:
+    """Whether these images are on a CPU and meet convolutions there.
+
+    Example: `convolutional(small_cnn(), x)`.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dim() == 4
+        and isinstance(model, torch.nn.Module)
+        and any(isinstance(m, torch.nn.Conv2d) for m in model.modules())
+    )
+
+
 def fast_layout(model, x: Tensor) -> Callable[[Tensor], Tensor]:
     """`model`, run the way in which this device computes its convolutions and their gradients to the input fastest.
 
     On a CPU that is channels last, with `_InputConvolution` for the first layer. A model that cannot take that layout (one
     that calls `view` on its features) gets images as they are. The weights are not touched.
     """
-    convolutional = isinstance(model, torch.nn.Module) and any(isinstance(m, torch.nn.Conv2d) for m in model.modules())
-    if x.device.type != "cpu" or x.dim() != 4 or not convolutional:
+    if not convolutional(model, x):
         return model
-    n, c, h, w = x.shape
-
-    def channels_last(x: Tensor) -> Tensor:
-        if c > 1:
-            return x.contiguous(memory_format=torch.channels_last)
-        return x.contiguous().as_strided(x.shape, (h * w, 1, w, 1))  # one channel: the same memory, said differently
 
     def run(x: Tensor, layout: Callable) -> Tensor:
         with _FewChannels():
