@@ -12,7 +12,6 @@ relaxed at all, so only rows of neurons whose sign is open are computed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checks, kernels, progress
+from ..layout import keep_pages
 from .network import Block, Conv, Dense, MaxPool, Network, Relu, Reshape, Rows, Windows, read, slack
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown", "dual", "lp", "mip")
@@ -168,7 +168,7 @@ def neuron_bounds(
 
 def check(model, x: Tensor, y: Tensor | None, eps: float, box) -> Network:
     """The input checks of everything that certifies; returns the network that was read."""
-    _keep_pages()
+    keep_pages()
     checks.images(x)
     checks.nonnegative(eps, "eps")
     if box is not None and not box[0] < box[1]:
@@ -180,15 +180,6 @@ def check(model, x: Tensor, y: Tensor | None, eps: float, box) -> Network:
     if y is not None and checks.labels(y, x).max() >= network.classes:
         raise ValueError(f"y: got label {y.max().item()}, want labels in [0, {network.classes - 1}]")
     return network
-
-
-@functools.cache
-def _keep_pages() -> None:
-    """Spare glibc from mapping every large block anew, which costs a page fault per 4 KiB: a fifth of CROWN's time.
-
-    It keeps blocks up to the size of the largest mapped one that was freed so far, 32 MiB at most. This one is never touched.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def images_at_once(network: Network, x: Tensor) -> int:

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from .. import checks, progress, randomness
 from ..kernels import graphs
 from ..kernels.dispatch import on
+from ..layout import keep_pages
 from .losses import cross_entropy
 
 
@@ -106,6 +107,7 @@ def fit(
         raise ValueError(f"average: got {average}, want a decay in [0, 1), or None")
     if keep is not None:
         checks.choice(keep, "keep", [*(["validation"] if validation is not None else []), *(watch or {})])
+    keep_pages()
     schedule = triangle if schedule is None else schedule
     told = "progress" in inspect.signature(loss).parameters
     per_epoch = math.ceil(len(data.x) / batch_size)
