@@ -73,6 +73,46 @@ def test_adversarial_loss_is_the_loss_at_the_attack_and_keeps_the_mode(digits):
     assert value > training.cross_entropy(model, x, y)[0]
 
 
+def test_gradients_that_an_attack_leaves_on_the_weights_are_not_learned_from(digits):
+    def attack(clean):
+        def step(model, x, y, threat):
+            point = x.clone().requires_grad_()
+            F.cross_entropy(model(point), y).backward()
+            slope = point.grad.sign()
+            if clean:
+                model.zero_grad(set_to_none=True)
+            return threat.project(x + threat.eps * slope, x)
+
+        return training.adversarial(Linf(0.1), step)
+
+    found = []
+    for clean in (False, True):
+        model = models.mlp((1, 8, 8), hidden=(9,), seed=0)
+        training.fit(model, digits, epochs=1, loss=attack(clean), seed=0)
+        found.append(weights(model))
+    assert torch.equal(*found)
+
+
+class Viewing(nn.Module):
+    """A layer that needs the ordinary layout."""
+
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_training_channels_last_is_training(digits, channels):
+    """A network with a layer of one's own is trained in the layout in which it comes."""
+    data = SimpleNamespace(x=digits.x[:200].repeat(1, channels, 1, 1), y=digits.y[:200])
+    found = []
+    for flat in (nn.Flatten(), Viewing()):
+        model = models.small_cnn((channels, 8, 8), seed=0)
+        model[[type(layer) for layer in model].index(nn.Flatten)] = flat
+        training.fit(model, data, epochs=1, seed=0, optimizer=torch.optim.SGD, lr=0.1)
+        found.append(weights(model))
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+
+
 def test_danskin_gradient_of_the_worst_case_on_a_linear_model():
     """grad_w max_delta l = grad_w l at delta*, against log(1 + exp(eps ||w||_1 - margin)) differentiated."""
     torch.manual_seed(0)

@@ -138,9 +138,8 @@ def fit(
                     done = (epoch + number / per_epoch) / epochs
                     for group in optimiser.param_groups:
                         group["lr"] = lr * schedule(done)
-                    optimiser.zero_grad(set_to_none=True)
                     x = x if augment is None else augment(x)
-                    value, z = _slopes(model, loss, x, y, {"progress": done} if told else {})
+                    value, z = _slopes(model, loss, x, y, {"progress": done} if told else {}, optimiser)
                     if not math.isfinite(value):
                         raise FloatingPointError(f"loss: got {value} in epoch {epoch + 1} of {epochs}, step "
                                                  f"{number + 1} of {per_epoch}; lower lr = {lr}?")  # fmt: skip
@@ -175,7 +174,7 @@ def fit(
     return pd.DataFrame(rows)
 
 
-def _slopes(model, loss: Callable, x: Tensor, y: Tensor, progress: dict) -> tuple[float, Tensor | None]:
+def _slopes(model, loss: Callable, x: Tensor, y: Tensor, progress: dict, optimiser) -> tuple[float, Tensor | None]:
     """The loss and the logits of a batch; sets every `p.grad`. On a GPU a small network's pass is played back."""
     points = getattr(loss, "points", None)
     if points is not None and graphs.trainable(model, x):
@@ -191,6 +190,7 @@ def _slopes(model, loss: Callable, x: Tensor, y: Tensor, progress: dict) -> tupl
         value, z = value if isinstance(value, tuple) else (value, None)
     number = value.item()
     if math.isfinite(number):
+        optimiser.zero_grad(set_to_none=True)  # not earlier: an attack's own `backward` reaches the weights, too
         value.backward()
     return number, z
 
