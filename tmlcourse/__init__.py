@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 import torch
 
+from . import precision
+
 try:
     __version__ = version("tmlcourse")
 except PackageNotFoundError:  # imported from a checkout that was never installed
@@ -20,6 +22,8 @@ except PackageNotFoundError:  # imported from a checkout that was never installe
 
 def setup(seed: int = 0) -> torch.device:
     """Begin a chapter: seed Python, NumPy and torch, choose the device, print one line that says with what it runs.
+
+    float32 is computed with all its bits from here on, also by GPUs that would take TF32 for convolutions.
 
     Args:
         seed: of all three generators (0 <= seed < 2^32).
@@ -30,6 +34,7 @@ def setup(seed: int = 0) -> torch.device:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    precision.always_full()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     folder = "$TMLCOURSE_DATA" if os.environ.get("TMLCOURSE_DATA") else "cache or download"

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import checks, kernels, progress
+from .. import checks, kernels, precision, progress
 from ..layout import keep_pages
 from .network import Block, Conv, Dense, MaxPool, Network, Relu, Reshape, Rows, Windows, read, slack
 
@@ -71,6 +71,7 @@ def _between(low: Tensor, high: Tensor) -> Box:
     return Box(centre, high - centre)
 
 
+@precision.full()
 def margins(
     model: nn.Module,
     x: Tensor,
@@ -108,8 +109,8 @@ def margins(
         batch_size: images worked on at once; chosen for the memory and the caches without.
         grad: keep the graph, so that the bounds can be differentiated (all but lp and mip).
     Returns:
-        (N, K), dtype of x; column y is 0. Computed with outward slack for rounding in the dtype of x; use float64 where
-        the last digits matter (`verify` does).
+        (N, K), dtype of x; column y is 0. Computed with outward slack for rounding in the dtype of x, which is kept where
+        PyTorch is set to use fewer bits (TF32, autocast); use float64 where the last digits matter (`verify` does).
     Raises:
         TypeError, ValueError: bad input, an unsupported layer (named with its index), before any work.
     Source: Gowal et al. 2018 (ibp); Zhang et al. 2018 (crown), 2020 (crown-ibp); Xu et al. 2021 (alpha); Wong & Kolter
@@ -147,6 +148,7 @@ def least_margin(margins: Tensor, y: Tensor) -> Tensor:
     return margins.scatter(1, y[:, None], torch.inf).amin(1)
 
 
+@precision.full()
 def neuron_bounds(
     model: nn.Module, x: Tensor, eps: float, *, method: str = "crown", box=(0.0, 1.0), steps: int = 30
 ) -> list[tuple[Tensor, Tensor]]:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import randomness
+from .. import precision, randomness
 from ..models import Normalize
 from ..threat import L1, L2, Linf
 from .ascent import LARGEST, ascent_step
@@ -191,8 +191,7 @@ def _kept(model, kind: tuple, make: Callable):
     where recording fails, which is said once.
     """
     places = tuple((t.data_ptr(), t.requires_grad) for t in (*model.parameters(), *model.buffers()))
-    settings = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled,
-                torch.are_deterministic_algorithms_enabled(), mode())  # fmt: skip
+    settings = (precision.state(), torch.backends.cudnn.enabled, torch.are_deterministic_algorithms_enabled(), mode())
     key = (*kind, repr(model), places, settings, threading.get_ident())
     kept = _recorded.setdefault(model, {})
     if key not in kept:
