@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..layout import channels_last
 
 _UNLIMITED = torch.iinfo(torch.int64).max
 
@@ -119,16 +120,13 @@ def open_door(predict: Callable, x: Tensor, queries: int, *, answers: str = "sco
 
 def _runner(predict: Callable) -> Callable[[Tensor, Tensor], Tensor]:
     """`predict` over slices that fit the caches; on a CPU a convolutional network gets its images channels last."""
-    nets = isinstance(predict, nn.Module) and any(isinstance(m, nn.Conv2d) for m in predict.modules())
-    fast = nets
+    fast = isinstance(predict, nn.Module) and any(isinstance(m, nn.Conv2d) for m in predict.modules())
 
     def one(x: Tensor) -> Tensor:
         nonlocal fast
         if fast and x.dim() == 4 and x.device.type == "cpu":
-            n, c, h, w = x.shape
-            last = x.contiguous(memory_format=torch.channels_last)
             try:
-                return predict(last if c > 1 else last.as_strided(x.shape, (h * w, 1, w, 1)))
+                return predict(channels_last(x))
             except RuntimeError:  # a model that calls `view` on its features
                 fast = False
         return predict(x.contiguous())
